@@ -1,0 +1,78 @@
+"""A model as `plan` sees it: module names, shapes and states, read from headers without torch.
+
+Planning walks a recipe over such views, so that a wrong module, order or scheme is found before anything runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+DENSE, QUANTIZED, SNAPPED = "dense", "quantized", "snapped"
+
+
+@dataclass(frozen=True)
+class ModuleView:
+    """One linear or embedding of the model."""
+
+    name: str
+    shape: tuple[int, int]
+    """[out, in] for a linear; [vocabulary, hidden] for an embedding."""
+    kind: str = "linear"
+    """`linear` or `embedding` (a tied head is the embedding)."""
+    state: str = DENSE
+    """`dense`, `quantized` or `snapped`."""
+    scheme: Mapping[str, Any] | None = None
+    """The complete scheme mapping (`{"scheme": "lut_lowrank", "bits": 4, ...}`), None while dense."""
+    adapter: int = 0
+    """Rank of an unmerged adapter; 0 for none."""
+
+
+@dataclass(frozen=True)
+class ModelView:
+    """The model at one point of a recipe."""
+
+    modules: Mapping[str, ModuleView]
+    """By module name, in model order."""
+    parameters: int
+    """Number of parameters, tied ones counted once."""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """The Hugging Face config.json."""
+
+    def replace(self, changed: Mapping[str, ModuleView]) -> ModelView:
+        """The same model with some modules in another state."""
+        return dataclasses.replace(self, modules={**self.modules, **changed})
+
+    @property
+    def tied(self) -> bool:
+        """Whether the head is the embedding (one parameter, named `model.embed_tokens`)."""
+        return bool(self.config.get("tie_word_embeddings")) and "lm_head" not in self.modules
+
+
+def read_safetensors_header(path: Path) -> dict[str, Any]:
+    """The JSON header of a safetensors file: tensor name -> {dtype, shape, data_offsets}, plus `__metadata__`.
+
+    Raises:
+        ValueError: if the file is truncated or is no safetensors file.
+    """
+    size = path.stat().st_size
+    with open(path, "rb") as handle:
+        start = handle.read(8)
+        if len(start) < 8:
+            raise ValueError(f"{path} is not a safetensors file: it has {size} bytes")
+        (length,) = struct.unpack("<Q", start)
+        if length > size - 8 or length > 100_000_000:
+            raise ValueError(f"{path} is not a complete safetensors file: its header says {length} bytes")
+        try:
+            header = json.loads(handle.read(length))
+        except ValueError as error:
+            raise ValueError(f"{path} is not a safetensors file: {error}") from None
+    end = max((item["data_offsets"][1] for name, item in header.items() if name != "__metadata__"), default=0)
+    if 8 + length + end != size:
+        raise ValueError(f"{path} is truncated or damaged: {size} bytes, its header needs {8 + length + end}")
+    return header

@@ -1,0 +1,69 @@
+"""What a quantization scheme is. Adding one touches `a1q/quant/schemes/NAME.py` and its schema, nothing else."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Shape = tuple[int, int]
+
+
+class Scheme(ABC):
+    """A way to say a weight [out, in] with few bits.
+
+    A weight is described by *parts*: named tensors, among them `indices` (uint8 [out, in], values < 2**bits).
+    Everything but `indices` may train. torch is imported only inside methods.
+    """
+
+    version: ClassVar[int] = 1
+    Config: ClassVar[type]
+    schema: ClassVar[Mapping[str, Any] | None] = None
+    """Inline schema, for plug-ins outside this package only."""
+    trainable: ClassVar[Mapping[str, tuple[str, ...]]]
+    """Set name (`scales`, `magnitudes`, `lut`) -> the parts it trains. `weights` is always the latent weight."""
+
+    def __init__(self, config: Any):
+        self.config = config
+
+    # -- without torch -------------------------------------------------------------------------------------
+    @abstractmethod
+    def check(self, shape: Shape) -> list[str]:
+        """Say why a weight of this shape can't have this scheme; empty when it can."""
+
+    @abstractmethod
+    def bits(self, shape: Shape) -> int:
+        """Bits of storage after snap: indices, LUTs and every scale in fp16."""
+
+    @abstractmethod
+    def part_shapes(self, shape: Shape, snapped: bool = False) -> dict[str, tuple[int, ...]]:
+        """Shape of every part but `indices`."""
+
+    # -- with torch ----------------------------------------------------------------------------------------
+    @abstractmethod
+    def fit(self, weight: Tensor, statistics: Tensor | None, seed: int) -> dict[str, Tensor]:
+        """Fit the parts to `weight` [out, in], errors weighted by `statistics` = E[x²] [in] where given."""
+
+    @abstractmethod
+    def dequantize(self, parts: Mapping[str, Tensor]) -> Tensor:
+        """The weight [out, in] that the parts say, in float32 (exact reference; snapped parts included)."""
+
+    @abstractmethod
+    def weight(self, parts: Mapping[str, Tensor], latent: Tensor | None, fp16: bool) -> Tensor:
+        """The weight used in a forward pass, differentiable by the parts and straight-through by `latent`.
+
+        With a latent, indices are derived anew from it; without, `parts["indices"]` stand. With `fp16`, every
+        factor is rounded to fp16 going forward with the identity as gradient, so that training sees what
+        fp16 hardware will compute.
+        """
+
+    @abstractmethod
+    def assign(self, parts: Mapping[str, Tensor], weight: Tensor) -> Tensor:
+        """Indices uint8 [out, in] of the entries nearest to `weight` on the grid that `parts` span."""
+
+    @abstractmethod
+    def snap(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The parts as stored for good: fp16, rounded on the CPU (fp16 rounding differs between devices)."""
