@@ -69,7 +69,7 @@ class Registry:
         """
         plugin = self.plugins.get((family, name))
         if plugin is not None:
-            return plugin.schema  # type: ignore[attr-defined, no-any-return]
+            return plugin.schema
         return _read_schema(family, name)
 
     def get(self, family: str, name: str) -> Any:
@@ -116,7 +116,7 @@ def _read_schema(family: str, name: str) -> Mapping[str, Any]:
     path = schema_folder() / family / f"{name}.json"
     if not path.is_file() or path.parent != schema_folder() / family:
         raise KeyError(name)
-    return json.loads(path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _only_subclass(module: Any, base: type) -> type:
