@@ -26,8 +26,9 @@ class PlannedStage:
     """The typed config handed to the stage."""
     options: Mapping[str, Any]
     """The same as plain JSON values: validated, default-filled, and what enters the cache key."""
-    inputs: Mapping[str, str | None]
-    """Input name -> id of the producing stage, `SOURCE` for the recipe's model, or None."""
+    inputs: Mapping[str, str | Artifact | None]
+    """Input name -> id of the producing stage, `SOURCE` for the recipe's model, None for an absent one, or an
+    Artifact where the option holds a `{source: ...}` mapping of its own (a larger teacher)."""
     output: str
     """Artifact kind."""
     outcome: Outcome

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from a1q.engine.artifact import sha256_file
 from a1q.engine.exporter import Exporter
@@ -69,7 +69,7 @@ class Registry:
         """
         plugin = self.plugins.get((family, name))
         if plugin is not None:
-            return plugin.schema
+            return cast(Any, plugin).schema
         return _read_schema(family, name)
 
     def get(self, family: str, name: str) -> Any:
