@@ -32,7 +32,7 @@ class CommandFolder(click.Group):
         if cmd_name not in self.list_commands(ctx):
             return None
         module = importlib.import_module(f"a1q.cli.{cmd_name.replace('-', '_')}")
-        return module.command  # type: ignore[no-any-return]
+        return module.command
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -44,9 +44,8 @@ class CommandFolder(click.Group):
             from difflib import get_close_matches
 
             near = get_close_matches(args[0], self.list_commands(ctx), 1)
-            if near:
-                error.message += f" Did you mean {near[0]!r}?"
-            raise
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise click.UsageError(f"{error.format_message()}{hint}", ctx) from None
 
 
 @click.command(cls=CommandFolder, context_settings={"help_option_names": ["-h", "--help"]})

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from a1q.engine.artifact import Artifact
+from a1q.engine.config import build_config
 
 
 @dataclass(frozen=True)
@@ -158,6 +159,11 @@ class Stage(ABC):
     """A frozen dataclass whose fields are the schema's properties (see `a1q.engine.config`)."""
     schema: ClassVar[Mapping[str, Any] | None] = None
     """Inline schema, for plug-ins outside this package only."""
+
+    @classmethod
+    def make_config(cls, options: Mapping[str, Any]) -> Any:
+        """The typed config for validated, default-filled options; `export` overrides it for its exporter's options."""
+        return build_config(cls.Config, options)
 
     @abstractmethod
     def plan(self, ctx: PlanContext) -> Outcome:
