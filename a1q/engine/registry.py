@@ -133,6 +133,19 @@ def _only_subclass(module: Any, base: type) -> type:
     return found[0]
 
 
+_active: list[Registry] = []
+
+
+def active_registry() -> Registry:
+    """The registry of this process: what the command line loaded last, else the built-ins and entry points.
+
+    Code that meets a name inside an artifact (a scheme in a checkpoint's header) looks it up here.
+    """
+    if not _active:
+        load_registry()
+    return _active[0]
+
+
 def plugin_name(cls: type) -> str:
     """Name of a plug-in class loaded from a file: its `name`, else the class name in snake_case."""
     named = vars(cls).get("name")
@@ -142,7 +155,7 @@ def plugin_name(cls: type) -> str:
 
 
 def load_registry(plugin_files: Sequence[Path] = ()) -> Registry:
-    """The built-ins, the installed entry points, and the plug-ins of `--plugin FILE`.
+    """The built-ins, the installed entry points, and the plug-ins of `--plugin FILE`; becomes the active registry.
 
     Raises:
         UsageError: if a plug-in can't be loaded; the message says which and why.
@@ -158,6 +171,7 @@ def load_registry(plugin_files: Sequence[Path] = ()) -> Registry:
             registry.add(family, entry.name, cls, digest)
     for path in plugin_files:
         _load_file(registry, Path(path))
+    _active[:] = [registry]
     return registry
 
 
