@@ -1,0 +1,96 @@
+"""Where and how numbers are computed: device, threads, determinism, autocast."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import random
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from a1q.engine.stage import Runtime
+from a1q.errors import MismatchError, Problem
+
+if TYPE_CHECKING:
+    import torch
+
+
+def available_devices() -> list[str]:
+    """The devices this machine can compute on, `cpu` first."""
+    import torch
+
+    found = ["cpu"]
+    if torch.cuda.is_available():
+        found.append("cuda")
+    if torch.backends.mps.is_available():
+        found.append("mps")
+    return found
+
+
+def prepare_torch(runtime: Runtime, seed: int) -> torch.device:
+    """Set threads, seeds and deterministic algorithms for this process, and return the device to compute on.
+
+    Raises:
+        MismatchError: if the device is not there; the message names those that are.
+    """
+    # cuBLAS reads this when its first handle is made; without it deterministic mode refuses matrix products.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    import numpy
+    import torch
+
+    found = available_devices()
+    if runtime.device not in found:
+        message = f"runtime.device is {runtime.device}, and this machine has {', '.join(found)}"
+        raise MismatchError([Problem(message, hint="use `runtime: {device: auto}` or --set runtime.device=cpu")])
+    torch.set_num_threads(runtime.threads)
+    # Metal lacks deterministic versions of a few operations: there it is best effort, elsewhere a promise.
+    torch.use_deterministic_algorithms(True, warn_only=runtime.device == "mps")
+    torch.utils.deterministic.fill_uninitialized_memory = False  # costs a pass per buffer; we read none uninitialized
+    torch.backends.cudnn.benchmark = False
+    torch.manual_seed(seed)
+    numpy.random.seed(seed % 2**32)
+    random.seed(seed)
+    return torch.device(runtime.device)
+
+
+def autocast(runtime: Runtime) -> AbstractContextManager[None]:
+    """The context of a forward pass: mixed precision as `runtime.amp` says, or nothing for `no`."""
+    if runtime.amp == "no":
+        return contextlib.nullcontext()
+    import torch
+
+    return torch.autocast(runtime.device, dtype={"bf16": torch.bfloat16, "fp16": torch.float16}[runtime.amp])
+
+
+def grad_scaler(runtime: Runtime) -> torch.amp.GradScaler:
+    """A loss scaler, active for fp16 on CUDA only: bf16 needs none, and neither the CPU nor Metal gains by one."""
+    import torch
+
+    return torch.amp.GradScaler(runtime.device, enabled=runtime.device == "cuda" and runtime.amp == "fp16")
+
+
+def machine_identity(runtime: Runtime) -> dict[str, str | int]:
+    """Everything about this machine and process that may change the last bit of a result."""
+    import torch
+
+    device = torch.cuda.get_device_name() if runtime.device == "cuda" else runtime.device
+    return {
+        "torch": torch.__version__,
+        "device": device,
+        "amp": runtime.amp,
+        "threads": torch.get_num_threads(),
+        "processor": processor_name(),
+        "instruction set": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def processor_name() -> str:
+    """The processor's own name where the system tells it, else its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.processor() or platform.machine()

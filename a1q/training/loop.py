@@ -1,0 +1,346 @@
+"""The one training loop: AdamW, schedule, accumulation, held-out best, checkpoints.
+
+Data order and randomness are functions of (seed, step) alone, so a checkpoint needs no generator state: parameters,
+Adam's moments, the best parameters so far and the counters are enough to go on bit for bit as if never stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from a1q.engine.stage import StageContext
+from a1q.errors import StageError
+from a1q.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from a1q.training.device import grad_scaler, machine_identity
+from a1q.training.schedule import learning_rate_factor
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+LossOf = Callable[[int, int], "tuple[Tensor, dict[str, float]]"]
+"""(step, micro-batch) -> (mean loss, figures). The figure `tokens`, where given, is what the mean was taken over."""
+
+
+@dataclass(frozen=True)
+class LoopSpec:
+    """How to train. A step is one optimizer step."""
+
+    steps: int
+    seed: int
+    accumulate: int = 1
+    """Micro-batches per step; gradients are those of the mean over all their tokens."""
+    warmup: int = 0
+    schedule: str = "cosine"
+    """`constant`, `linear` or `cosine`."""
+    final_lr: float = 0.1
+    """The last step's learning rate as a fraction of the peak."""
+    clip: float | None = 1.0
+    """Limit of the gradient's norm over all parameters; None for no limit."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.0
+    keep: str = "best"
+    """`best`: the parameters of the lowest held-out loss, the start included; `last`: those of the last step."""
+    evaluate_every: int = 50
+    skip_limit: int = 10
+    """Steps in a row whose loss or gradient is not finite, each of them skipped, after which training fails."""
+    checkpoint_seconds: float = 30.0
+    checkpoint_steps: int | None = None
+    """Checkpoint after every so many steps too."""
+    name: str = "train"
+    """Folder of the checkpoints inside the stage's scratch folder: a stage may run several loops."""
+
+
+@dataclass
+class Progress:
+    """Where a loop stands; all of it is in the checkpoint."""
+
+    step: int = 0
+    skipped: int = 0
+    skipped_in_row: int = 0
+    first_loss: float | None = None
+    last_loss: float | None = None
+    start_tune: float | None = None
+    last_tune: float | None = None
+    best_tune: float | None = None
+    best_step: int = 0
+    scaler: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LoopResult:
+    """What training did. Losses are nats per token, or whatever `loss_of` and `evaluate` return."""
+
+    steps: int
+    skipped: int
+    first_loss: float | None
+    """Training loss of the first step."""
+    last_loss: float | None
+    start_tune: float | None
+    """Held-out loss before the first step; None without `evaluate`."""
+    last_tune: float | None
+    best_tune: float | None
+    best_step: int
+    kept_step: int
+    """The step whose parameters the tensors hold now."""
+    tokens_per_second: float
+    """Training tokens per second of this process, evaluation and checkpoints excluded."""
+    seconds: float
+    resumed_from: int | None
+
+    def metrics(self) -> dict[str, Any]:
+        """The figures for `report.json`: those that exist and are finite."""
+        return {name: value for name, value in vars(self).items() if value is not None and math.isfinite(value)}
+
+
+def step_seed(seed: int, step: int) -> int:
+    """The seed of everything random in one step: data order, dropout.
+
+    Returns:
+        An integer in [0, 2**63).
+    """
+    digest = hashlib.sha256(f"{seed}/{step}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def run_loop(
+    ctx: StageContext,
+    *,
+    parameter_groups: Sequence[Mapping[str, Any]],
+    loss_of: LossOf,
+    evaluate: Callable[[], float] | None,
+    spec: LoopSpec,
+    state: Mapping[str, Tensor],
+    identity: Mapping[str, Any],
+) -> LoopResult:
+    """Train the tensors of `state` in place, or go on from the checkpoint that a killed run left in `ctx.scratch`.
+
+    Args:
+        parameter_groups: each `{"name", "params", "lr", "weight_decay" (optional)}`; lr is the peak.
+        loss_of: called under autograd for every micro-batch, after `torch.manual_seed(step_seed(seed, step))`.
+        evaluate: the held-out loss; called without gradients before the first step, every `evaluate_every` and at the end.
+        state: every trained parameter by name; all that a checkpoint must hold.
+        identity: JSON values that must be equal for a resume, besides machine, threads and shapes.
+
+    Raises:
+        StageError: if too many steps in a row have no finite loss or gradient, or the disk is full.
+        MismatchError: if a checkpoint exists that was written under another identity.
+        Interrupted: at SIGINT or SIGTERM, after a checkpoint.
+    """
+    return _Loop(ctx, parameter_groups, loss_of, evaluate, spec, state, identity).run()
+
+
+class _Loop:
+    def __init__(
+        self,
+        ctx: StageContext,
+        parameter_groups: Sequence[Mapping[str, Any]],
+        loss_of: LossOf,
+        evaluate: Callable[[], float] | None,
+        spec: LoopSpec,
+        state: Mapping[str, Tensor],
+        identity: Mapping[str, Any],
+    ):
+        import torch
+
+        groups = [dict(group, params=list(group["params"])) for group in parameter_groups if group["params"]]
+        self.ctx, self.loss_of, self.evaluate, self.spec, self.state = ctx, loss_of, evaluate, spec, state
+        self.parameters: list[Tensor] = [parameter for group in groups for parameter in group["params"]]
+        names = {id(tensor): name for name, tensor in state.items()}
+        if not self.parameters or {id(parameter) for parameter in self.parameters} != set(names):
+            raise ValueError("`state` must name exactly the parameters of `parameter_groups`, at least one")
+        self.names = [names[id(parameter)] for parameter in self.parameters]
+        self.optimizer = torch.optim.AdamW(
+            [dict(group, peak=group["lr"]) for group in groups],
+            betas=spec.betas,
+            weight_decay=spec.weight_decay,
+            fused=True,
+        )
+        self.scaler = grad_scaler(ctx.runtime)
+        self.identity = {
+            **machine_identity(ctx.runtime),
+            **{name: value for name, value in vars(spec).items() if not name.startswith("checkpoint_")},
+            **identity,
+            "shapes": {name: list(tensor.shape) for name, tensor in state.items()},
+        }
+        self.folder = ctx.scratch / spec.name
+        self.at = Progress()
+        self.best: dict[str, Tensor] = {}
+        self.train_seconds = self.tokens = 0.0
+        self.saved_at = time.monotonic()
+        self.saved_any = False
+
+    def run(self) -> LoopResult:
+        began = time.monotonic()
+        resumed = self._resume()
+        if resumed is None:
+            self._evaluate()
+        while self.at.step < self.spec.steps:
+            self._step()
+            if self.at.step % self.spec.evaluate_every == 0 or self.at.step == self.spec.steps:
+                self._evaluate()
+            self._checkpoint_if_due()
+            self._report()
+        kept = self._keep()
+        at = self.at
+        return LoopResult(
+            steps=at.step,
+            skipped=at.skipped,
+            first_loss=at.first_loss,
+            last_loss=at.last_loss,
+            start_tune=at.start_tune,
+            last_tune=at.last_tune,
+            best_tune=at.best_tune,
+            best_step=at.best_step,
+            kept_step=kept,
+            tokens_per_second=self.tokens / self.train_seconds if self.train_seconds else 0.0,
+            seconds=time.monotonic() - began,
+            resumed_from=resumed,
+        )
+
+    def _step(self) -> None:
+        import torch
+
+        began = time.monotonic()
+        step, spec = self.at.step, self.spec
+        factor = learning_rate_factor(step, spec.steps, spec.warmup, spec.schedule, spec.final_lr)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * factor
+        torch.manual_seed(step_seed(spec.seed, step))
+        weights, losses = [], []
+        for micro in range(spec.accumulate):
+            loss, figures = self.loss_of(step, micro)
+            weights.append(float(figures.get("tokens", 1.0)))
+            # Micro-batches may hold different numbers of tokens: weigh each relative to the first, which keeps
+            # magnitudes as they are, and divide by the sum below.
+            self.scaler.scale(loss * (weights[-1] / weights[0])).backward()
+            losses.append(loss.detach())
+        total = sum(weights)
+        loss_value = sum(float(loss) * weight for loss, weight in zip(losses, weights, strict=True)) / total
+        self.scaler.unscale_(self.optimizer)
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        if spec.accumulate > 1:
+            torch._foreach_mul_(gradients, weights[0] / total)
+        norm = torch.nn.utils.get_total_norm(gradients)
+        finite = math.isfinite(loss_value) and bool(torch.isfinite(norm))
+        if finite:
+            if spec.clip is not None:
+                torch.nn.utils.clip_grads_with_norm_(self.parameters, spec.clip, norm)
+            self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._count(loss_value, finite)
+        self.tokens += total
+        self.train_seconds += time.monotonic() - began
+
+    def _count(self, loss: float, finite: bool) -> None:
+        at = self.at
+        at.step += 1
+        if finite:
+            at.skipped_in_row = 0
+            at.last_loss = loss
+            at.first_loss = loss if at.first_loss is None else at.first_loss
+            return
+        at.skipped += 1
+        at.skipped_in_row += 1
+        self.ctx.log(f"step {at.step} skipped: its loss or gradient is not finite (loss {loss})")
+        if at.skipped_in_row >= self.spec.skip_limit:
+            raise StageError(
+                f"{at.skipped_in_row} steps in a row, up to step {at.step}, had a loss or gradient that is not finite; "
+                "lower the learning rates, or train with `amp: no`"
+            )
+
+    def _evaluate(self) -> None:
+        import torch
+
+        if self.evaluate is None:
+            return
+        with torch.no_grad():
+            loss = float(self.evaluate())
+        at = self.at
+        at.last_tune = loss
+        if at.step == 0:
+            at.start_tune = loss
+        if math.isfinite(loss) and (at.best_tune is None or loss < at.best_tune):
+            at.best_tune, at.best_step = loss, at.step
+            if self.spec.keep == "best":
+                self.best = {name: tensor.detach().clone() for name, tensor in self.state.items()}
+
+    def _keep(self) -> int:
+        """Put the parameters to keep in place, warn where training did harm, and return their step."""
+        import torch
+
+        at = self.at
+        if at.start_tune is not None and at.last_tune is not None and not at.last_tune <= at.start_tune:
+            kept = f"kept: step {at.best_step}, {at.best_tune:.5g}" if self.best else "kept: the last step"
+            self.ctx.log(
+                f"WARNING: training made the held-out loss worse, from {at.start_tune:.5g} to {at.last_tune:.5g} ({kept})"
+            )
+        if not self.best:
+            return at.step
+        with torch.no_grad():
+            for name, tensor in self.state.items():
+                tensor.copy_(self.best[name])
+        return at.best_step
+
+    def _report(self) -> None:
+        at = self.at
+        values = {"loss": at.last_loss, "tune": at.last_tune}
+        if self.train_seconds:
+            values["tokens_per_second"] = self.tokens / self.train_seconds
+        self.ctx.progress(
+            at.step, self.spec.steps, **{name: value for name, value in values.items() if value is not None}
+        )
+
+    # -- checkpoints ---------------------------------------------------------------------------------------
+    def _checkpoint_if_due(self) -> None:
+        spec, step = self.spec, self.at.step
+        due = (
+            time.monotonic() - self.saved_at >= spec.checkpoint_seconds
+            or (spec.checkpoint_steps is not None and step % spec.checkpoint_steps == 0)
+            or (step == spec.steps and self.saved_any)
+            or self.ctx.should_stop() != 0
+        )
+        if not due:
+            return
+        self.at.scaler = self.scaler.state_dict()
+        tensors = {f"parameter.{name}": tensor for name, tensor in self.state.items()}
+        tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
+        for name, parameter in zip(self.names, self.parameters, strict=True):
+            tensors |= {f"{key}.{name}": value for key, value in self.optimizer.state[parameter].items()}
+        save_checkpoint(self.folder, step, tensors, vars(self.at), self.identity)
+        self.saved_at, self.saved_any = time.monotonic(), True
+
+    def _resume(self) -> int | None:
+        found = load_checkpoint(self.folder, self.identity, self.ctx.log)
+        if found is None:
+            return None
+        self._restore(found)
+        self.ctx.log(f"resumed at step {found.step} of {self.spec.steps}")
+        self.saved_any = True
+        return found.step
+
+    def _restore(self, found: Checkpoint) -> None:
+        import torch
+
+        self.at = Progress(**found.values)
+        self.scaler.load_state_dict(self.at.scaler)
+        with torch.no_grad():
+            for name, tensor in self.state.items():
+                tensor.copy_(found.tensors[f"parameter.{name}"])
+        self.best = {
+            name: found.tensors[f"best.{name}"].to(tensor.device)
+            for name, tensor in self.state.items()
+            if f"best.{name}" in found.tensors
+        }
+        for name, parameter in zip(self.names, self.parameters, strict=True):
+            keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in found.tensors]
+            if keys:  # a parameter that has had no gradient yet has no moments
+                self.optimizer.state[parameter] = {
+                    key: found.tensors[f"{key}.{name}"].to(parameter.device) for key in keys
+                }
