@@ -47,7 +47,8 @@ def prepare_torch(runtime: Runtime, seed: int) -> torch.device:
     torch.set_num_threads(runtime.threads)
     # Metal lacks deterministic versions of a few operations: there it is best effort, elsewhere a promise.
     torch.use_deterministic_algorithms(True, warn_only=runtime.device == "mps")
-    torch.utils.deterministic.fill_uninitialized_memory = False  # costs a pass per buffer; we read none uninitialized
+    # Filling every new buffer first costs a pass over it; we read none uninitialized.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False
     torch.manual_seed(seed)
     numpy.random.seed(seed % 2**32)

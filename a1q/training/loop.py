@@ -20,7 +20,6 @@ from a1q.training.device import grad_scaler, machine_identity
 from a1q.training.schedule import learning_rate_factor
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 LossOf = Callable[[int, int], "tuple[Tensor, dict[str, float]]"]
@@ -123,7 +122,8 @@ def run_loop(
     Args:
         parameter_groups: each `{"name", "params", "lr", "weight_decay" (optional)}`; lr is the peak.
         loss_of: called under autograd for every micro-batch, after `torch.manual_seed(step_seed(seed, step))`.
-        evaluate: the held-out loss; called without gradients before the first step, every `evaluate_every` and at the end.
+        evaluate: the held-out loss; called without gradients before the first step, every `evaluate_every` steps and
+            at the end.
         state: every trained parameter by name; all that a checkpoint must hold.
         identity: JSON values that must be equal for a resume, besides machine, threads and shapes.
 
@@ -277,9 +277,10 @@ class _Loop:
 
         at = self.at
         if at.start_tune is not None and at.last_tune is not None and not at.last_tune <= at.start_tune:
-            kept = f"kept: step {at.best_step}, {at.best_tune:.5g}" if self.best else "kept: the last step"
+            kept = f"step {at.best_step}, {at.best_tune:.5g}" if self.best else "the last step"
             self.ctx.log(
-                f"WARNING: training made the held-out loss worse, from {at.start_tune:.5g} to {at.last_tune:.5g} ({kept})"
+                f"WARNING: training made the held-out loss worse: {at.start_tune:.5g} at the start, "
+                f"{at.last_tune:.5g} at the end; kept: {kept}"
             )
         if not self.best:
             return at.step
