@@ -67,3 +67,13 @@ class Scheme(ABC):
     @abstractmethod
     def snap(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The parts as stored for good: fp16, rounded on the CPU (fp16 rounding differs between devices)."""
+
+    def apply(self, parts: Mapping[str, Tensor], x: Tensor, form: str) -> Tensor:
+        """x [..., in] times the transposed weight, [..., out], without a bias: one function in several forms.
+
+        `dense` multiplies by the dequantized weight. A scheme with scales adds `factored` and `batched`, the ways a
+        Neural Engine computes it; a scheme without them computes all forms alike.
+        """
+        from torch.nn.functional import linear
+
+        return linear(x, self.dequantize(parts).to(x.dtype))

@@ -1,0 +1,280 @@
+"""Models on disk: the only code that knows how dense and quantized modules are laid out in `model.safetensors`.
+
+A quantized module `M` has its scheme's parts instead of `M.weight`: `M.indices` packed, the others by name, then
+optionally `M.latent`, `M.lora_A`, `M.lora_B`. The header's single metadata entry `a1q` is JSON (`docs/architecture.md`,
+kind `model`). One entry only: safetensors writes several in random order, and equal models must give equal bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from a1q.errors import StageError
+from a1q.models.view import QUANTIZED, SNAPPED, read_safetensors_header
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+FORMAT = 1
+WEIGHTS = "model.safetensors"
+COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+"""Files of a Hugging Face folder that travel with a model unchanged."""
+
+
+def save_model(model: nn.Module, folder: Path, tokenizer_from: Path | None = None) -> None:
+    """Write `model` to the existing `folder`: config, weights, and the tokenizer's files from another model folder.
+
+    Dense parameters are stored in float32; in float16 once a module is snapped. Equal models give equal bytes.
+
+    Raises:
+        StageError: if a parameter is not finite (in float16: beyond its range).
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    from a1q.quant.linear import quantized_modules
+
+    modules = dict(quantized_modules(model))
+    snapped = any(module.state == SNAPPED for module in modules.values())
+    dtype = torch.float16 if snapped else torch.float32
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in _dense_tensors(model, modules).items():
+        stored = tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None).contiguous()
+        if stored.is_floating_point() and not bool(torch.isfinite(stored).all()):
+            raise StageError(f"{name} holds values that are not finite in {str(dtype).removeprefix('torch.')}")
+        tensors[name] = stored
+    facts = {}
+    for name, module in modules.items():
+        tensors.update(_quantized_tensors(name, module))
+        facts[name] = {
+            "state": module.state,
+            "scheme": module.spec,
+            "shape": list(module.shape),
+            "adapter": module.adapter,
+            "fp16": module.straight_through_fp16,
+        }
+    header = json.dumps({"format": FORMAT, "modules": facts}, sort_keys=True)
+    save_file(tensors, folder / WEIGHTS, metadata={"a1q": header})
+    config = model.config.to_dict()
+    config["dtype"] = "float16" if snapped else "float32"
+    config.pop("_name_or_path", None)  # where the model came from is no part of its content
+    text = json.dumps(config, indent=2, sort_keys=True)
+    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+    if tokenizer_from is not None:
+        copy_companions(tokenizer_from, folder)
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    """Copy tokenizer and generation settings from one model folder to another, as far as they are there."""
+    for name in COMPANIONS:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+
+
+def load_model(folder: Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Any:
+    """The model of an a1q folder or of a plain Hugging Face folder, in eval mode, with SDPA attention.
+
+    Args:
+        folder: nothing is looked up elsewhere.
+        dtype: of dense parameters; float32 by default. Parts of quantized modules keep their own.
+
+    Raises:
+        StageError: if the folder is no model, a file is damaged, tensors are missing, unexpected or of another
+            shape; the message names them.
+    """
+    import torch
+
+    dtype = dtype or torch.float32
+    if not (folder / "config.json").is_file():
+        raise StageError(f"{folder} is not a model: it has no config.json")
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise StageError(f"{folder} has no .safetensors file; other weight formats are not read")
+    headers = {file: _header(file) for file in files}
+    text = headers.get(folder / WEIGHTS, {}).get("__metadata__", {}).get("a1q")
+    if text is None:
+        model = _load_plain(folder, dtype)
+    else:
+        model = _load_own(folder, _facts(folder, text), dtype)
+    return model.to(device).eval()
+
+
+# -- writing -----------------------------------------------------------------------------------------------------
+def _dense_tensors(model: nn.Module, modules: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The model's own tensors, tied ones under their first name, without those inside quantized modules."""
+    inside = tuple(f"{name}." for name in modules)
+    seen: dict[int, str] = {}
+    dense = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name.startswith(inside) and name.rpartition(".")[2] != "bias":
+            continue
+        if seen.setdefault(id(tensor), name) == name:
+            dense[name] = tensor
+    return dense
+
+
+def _quantized_tensors(name: str, module: Any) -> dict[str, Tensor]:
+    """What is stored of one quantized module."""
+    from a1q.quant.packing import pack
+
+    stored = dict(module.parts())
+    stored["indices"] = pack(stored["indices"].cpu(), module.spec["bits"])
+    optional = {"latent": module.latent, "lora_A": module.lora_A, "lora_B": module.lora_B}
+    stored.update({part: tensor for part, tensor in optional.items() if tensor is not None})
+    return {f"{name}.{part}": tensor.detach().cpu().contiguous() for part, tensor in stored.items()}
+
+
+# -- reading -----------------------------------------------------------------------------------------------------
+def _header(file: Path) -> dict[str, Any]:
+    try:
+        return read_safetensors_header(file)
+    except ValueError as error:
+        raise StageError(str(error)) from None
+
+
+def _facts(folder: Path, text: str) -> dict[str, Any]:
+    """The modules' entry of the a1q header."""
+    try:
+        header = json.loads(text)
+        version, modules = header["format"], header["modules"]
+    except (ValueError, KeyError, TypeError):
+        raise StageError(f"{folder / WEIGHTS}: its a1q header is damaged") from None
+    if version != FORMAT:
+        raise StageError(f"{folder / WEIGHTS}: format {version}; this a1q reads format {FORMAT}")
+    return modules
+
+
+def _config(folder: Path) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (ValueError, OSError, KeyError) as error:
+        raise StageError(f"{folder / 'config.json'} is not understood: {error}") from None
+
+
+def _load_plain(folder: Path, dtype: torch.dtype) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    config = _config(folder)
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (ValueError, OSError, KeyError, RuntimeError) as error:
+        raise StageError(f"{folder} does not load: {error}") from None
+    _refuse_differences(folder, found["missing_keys"], found["unexpected_keys"])
+    return model
+
+
+def _load_own(folder: Path, facts: Mapping[str, Any], dtype: torch.dtype) -> Any:
+    from accelerate import init_empty_weights
+    from safetensors import safe_open
+    from transformers import AutoModelForCausalLM
+
+    from a1q.quant.linear import swap_module
+
+    with init_empty_weights(include_buffers=False):  # buffers that no file holds (rotary frequencies) are computed
+        model = AutoModelForCausalLM.from_config(_config(folder), attn_implementation="sdpa", dtype=dtype)
+    model.tie_weights()
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
+        names = set(file.keys())
+        used = set()
+        for name, fact in facts.items():
+            module, taken = _read_quantized(folder, file, names, name, fact)
+            used |= taken
+            try:
+                swap_module(model, name, module)
+            except AttributeError:
+                raise StageError(f"{folder}: the model has no module {name}") from None
+        expected = _dense_tensors(model, facts)
+        _refuse_differences(folder, set(expected) - names, names - used - set(expected))
+        for name, slot in expected.items():
+            tensor = file.get_tensor(name)
+            if tensor.shape != slot.shape:
+                raise StageError(f"{folder}: {name} is {list(tensor.shape)}, the model needs {list(slot.shape)}")
+            _assign(model, name, tensor.to(dtype) if tensor.is_floating_point() else tensor)
+    model.tie_weights()
+    return model
+
+
+def _read_quantized(
+    folder: Path, file: Any, names: set[str], name: str, fact: Mapping[str, Any]
+) -> tuple[Any, set[str]]:
+    """A `QuantLinear` and the tensor names it was read from (its bias is read with the dense tensors)."""
+    from a1q.quant.build import make_scheme
+    from a1q.quant.linear import QuantLinear
+    from a1q.quant.packing import packed_size, unpack
+
+    shape, spec, state = tuple(fact["shape"]), fact["scheme"], fact["state"]
+    if state not in (QUANTIZED, SNAPPED):
+        raise StageError(f"{folder}: {name} has the unknown state {state!r}")
+    wanted: dict[str, tuple[int, ...]] = {
+        "indices": (packed_size(shape[0] * shape[1], spec["bits"]),),
+        **make_scheme(spec).part_shapes(shape, snapped=state == SNAPPED),
+    }
+    adapter = fact["adapter"]
+    if adapter is not None:
+        wanted["lora_A"], wanted["lora_B"] = (adapter["rank"], shape[1]), (shape[0], adapter["rank"])
+    if f"{name}.latent" in names:
+        wanted["latent"] = shape
+    _refuse_differences(folder, {f"{name}.{part}" for part in wanted} - names, ())
+    tensors = {}
+    for part, part_shape in wanted.items():
+        tensor = file.get_tensor(f"{name}.{part}")
+        if tuple(tensor.shape) != tuple(part_shape):
+            raise StageError(f"{folder}: {name}.{part} is {list(tensor.shape)}, its scheme needs {list(part_shape)}")
+        tensors[part] = tensor
+    try:
+        tensors["indices"] = unpack(tensors["indices"], spec["bits"], shape)
+    except ValueError as error:
+        raise StageError(f"{folder}: {name}.indices: {error}") from None
+    latent = tensors.pop("latent", None)
+    lora = tensors.pop("lora_A", None), tensors.pop("lora_B", None)
+    bias = file.get_tensor(f"{name}.bias") if f"{name}.bias" in names else None
+    module = QuantLinear(spec, tensors, bias, latent, state)
+    module.straight_through_fp16 = fact["fp16"]
+    if adapter is not None:
+        module.set_adapter(*lora, adapter["alpha"])
+    return module, {f"{name}.{part}" for part in wanted}
+
+
+def _refuse_differences(folder: Path, missing: Any, unexpected: Any) -> None:
+    """Raise `StageError` that names the tensors, if there are any."""
+    for word, names in (("lacks", sorted(missing)), ("holds unexpected", sorted(unexpected))):
+        if names:
+            more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+            raise StageError(f"{folder} {word} {', '.join(names[:8])}{more}")
+
+
+def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Put `tensor` where the parameter or buffer `name` is."""
+    from torch import nn
+
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    if leaf in module._parameters:
+        setattr(module, leaf, nn.Parameter(tensor, requires_grad=tensor.is_floating_point()))
+    else:
+        setattr(module, leaf, tensor)

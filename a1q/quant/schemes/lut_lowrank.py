@@ -1,0 +1,128 @@
+"""Look-up table times low-rank scale: Ŵ = LUT[idx] ⊙ (A diag(g) B).
+
+Parts: `indices` uint8 [out, in], `lut` [2**bits] ascending, `a` [out, r], `g` [r], `b` [r, in]. Snapped parts are
+fp16 and hold A√g and √gB as `a` and `b`, without `g`. S = A diag(g) B may be negative at ranks above 1 and has no
+floor; at rank 1 fits keep a, b > 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from a1q.quant.scheme import Scheme, Shape
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SCALES = ("a", "g", "b")
+
+
+@dataclass(frozen=True)
+class LutLowrankConfig:
+    """Options, described in the schema."""
+
+    bits: int
+    rank: int
+    fit: str
+    lut: str
+    group_size: int
+    rounds: int
+
+
+class LutLowrank(Scheme):
+    """One table per weight and a scale of rank r, by default a row scale times a column scale."""
+
+    Config = LutLowrankConfig
+
+    def __init__(self, config: LutLowrankConfig):
+        super().__init__(config)
+        learned = {"lut": ("lut",)} if config.lut == "learned" else {}
+        self.trainable = {"scales": SCALES, "magnitudes": ("g",), **learned}
+
+    def check(self, shape: Shape) -> list[str]:
+        if self.config.rank > min(shape):
+            return [f"rank {self.config.rank} is more than the smaller side of {shape[0]}x{shape[1]}"]
+        return []
+
+    def bits(self, shape: Shape) -> int:
+        rows, columns = shape
+        return self.config.bits * rows * columns + 16 * (2**self.config.bits + self.config.rank * (rows + columns))
+
+    def part_shapes(self, shape: Shape, snapped: bool = False) -> dict[str, tuple[int, ...]]:
+        rank = self.config.rank
+        shapes: dict[str, tuple[int, ...]] = {"lut": (2**self.config.bits,), "a": (shape[0], rank)}
+        if not snapped:
+            shapes["g"] = (rank,)
+        return {**shapes, "b": (rank, shape[1])}
+
+    def fit(self, weight: Tensor, statistics: Tensor | None, seed: int) -> dict[str, Tensor]:
+        from a1q.quant import lowrank
+        from a1q.quant.importance import importance_of
+
+        config = self.config
+        weight = weight.detach().float()
+        if config.fit == "absmax_svd":
+            fit = lowrank.absmax_svd(weight, config.bits, config.rank, config.group_size)
+        else:
+            importance = importance_of(weight, statistics)
+            fit = lowrank.als(weight, importance, config.bits, config.rank, config.lut == "learned", config.rounds)
+        a, g, b = lowrank.balance(fit)
+        parts = {"lut": fit.lut, "a": a, "g": g, "b": b}
+        return {"indices": self.assign(parts, weight), **parts}
+
+    def dequantize(self, parts: Mapping[str, Tensor]) -> Tensor:
+        from a1q.quant.grid import lookup
+        from a1q.quant.straight_through import scale_of
+
+        parts = _wide(parts)
+        return lookup(parts["lut"][None], parts["indices"]) * scale_of(parts["a"], parts.get("g"), parts["b"])
+
+    def weight(self, parts: Mapping[str, Tensor], latent: Tensor | None, fp16: bool) -> Tensor:
+        from a1q.quant.straight_through import grid_weight
+
+        factors = (parts["a"], parts["g"], parts["b"])
+        return grid_weight(parts["indices"], latent, parts["lut"][None], factors, fp16)
+
+    def assign(self, parts: Mapping[str, Tensor], weight: Tensor) -> Tensor:
+        from a1q.quant.lowrank import assign
+        from a1q.quant.straight_through import scale_of
+
+        parts = _wide(parts)
+        return assign(weight.to(parts["lut"]), parts["lut"], scale_of(parts["a"], parts.get("g"), parts["b"]))
+
+    def snap(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        from a1q.quant.grid import snap_lut, to_fp16
+        from a1q.quant.straight_through import fold
+
+        indices, lut = snap_lut(parts["indices"], parts["lut"][None])
+        a, b = fold(parts["a"], parts.get("g"), parts["b"])
+        return {"indices": indices, "lut": lut[0], "a": to_fp16(a), "b": to_fp16(b)}
+
+    def apply(self, parts: Mapping[str, Tensor], x: Tensor, form: str) -> Tensor:
+        from torch.nn.functional import linear
+
+        from a1q.quant.grid import lookup
+
+        if form == "dense":
+            return super().apply(parts, x, form)
+        parts = _wide(parts)
+        a, b = parts["a"], parts["b"]
+        if "g" in parts:
+            a = a * parts["g"]
+        table = lookup(parts["lut"][None], parts["indices"]).to(x.dtype)
+        a, b = a.to(x.dtype), b.to(x.dtype)
+        if form == "batched":  # one product for all ranks: [..., r, in] x [in, out], then a sum over r
+            return (linear(x[..., None, :] * b, table) * a.T).sum(-2)
+        total = linear(x * b[0], table) * a[:, 0]
+        for left, right in zip(a.T[1:], b[1:], strict=True):
+            total = total + linear(x * right, table) * left
+        return total
+
+
+def _wide(parts: Mapping[str, Any]) -> dict[str, Any]:
+    """Parts with fp16 ones widened to fp32 (exact); fp32 and fp64 stay."""
+    import torch
+
+    return {name: part.float() if part.dtype == torch.float16 else part for name, part in parts.items()}
