@@ -1,0 +1,276 @@
+"""The run folder: what a run was asked, what it used, what happened, what came out.
+
+    recipe.yaml     the recipe, verbatim          resolved.yaml   composed, overridden, default-filled
+    lock.json       digests, versions, machine    events.jsonl    every event but progress, appended
+    report.json     rewritten after every stage   metrics/ID.jsonl  progress of one stage, a line each
+    export/ID/      copies of the packages        .lock           held while a run writes here
+
+It listens to the run's events and needs to be told nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import sys
+from collections.abc import Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import IO, Any
+
+from a1q import __version__
+from a1q.engine.artifact import MANIFEST, sha256_file
+from a1q.engine.cachekey import package_versions
+from a1q.engine.events import plain
+from a1q.engine.files import copy_file, fsync_path, fsync_tree, home, remove_tree, write_atomic
+from a1q.engine.locks import Lock, holder, try_lock
+from a1q.engine.plan import Plan
+from a1q.engine.store import PROGRESS, RECORD
+from a1q.errors import A1QError, UsageError
+
+REPORT = "report.json"
+UNFINISHED = ("running", "interrupted", "failed")
+
+
+class RunFolder:
+    """One run folder, locked for as long as the instance is open."""
+
+    def __init__(self, path: Path):
+        """Create or reopen the folder and lock it.
+
+        Raises:
+            UsageError: if the folder holds something else than a run.
+            A1QError: if another run writes there now; the message says which process.
+        """
+        self.path = path.absolute()
+        if self.path.exists() and not self.path.is_dir():
+            raise UsageError(f"{path} is a file; a run needs a folder")
+        if self.path.is_dir() and any(self.path.iterdir()) and not (self.path / ".lock").exists():
+            raise UsageError(f"{path} is neither empty nor the folder of a run; choose another with -o")
+        lock = try_lock(self.path / ".lock", True)
+        if lock is None:
+            raise A1QError(f"process {holder(self.path / '.lock')} is running in {path}; one run at a time per folder")
+        self._lock: Lock = lock
+        self.previous = read_report(self.path) or {}
+        """The report of the run that was here before, or an empty mapping."""
+        self.parts: dict[str, Any] = read_json(self.path / "lock.json").get("keys", {})
+        """Key parts by stage id of the runs that were here before."""
+        self._plan: Plan | None = None
+        self._report: dict[str, Any] = {}
+        self._progress: IO[str] | None = None
+        self._events: IO[str] | None = None
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close_progress()
+        if self._events is not None:
+            self._events.close()
+        self._lock.release()
+
+    @property
+    def resumes(self) -> bool:
+        """Whether the run that was here before didn't come to its end."""
+        return self.previous.get("status") in UNFINISHED
+
+    def begin(self, plan: Plan) -> None:
+        """Write what this run was asked and what it runs on, and start to record."""
+        import yaml
+
+        self._plan = plan
+        write_atomic(self.path / "recipe.yaml", plan.recipe_text)
+        resolved = yaml.safe_dump(plain(plan.resolved), sort_keys=False, allow_unicode=True, width=120)
+        write_atomic(self.path / "resolved.yaml", resolved)
+        self._report = {
+            "name": plan.name,
+            "seed": plan.seed,
+            "status": "running",
+            "smoke": plan.smoke,
+            "recipe": plan.recipe_file,
+            "error": None,
+            "stages": [],
+            "exports": {},
+        }
+        self._write()
+        _register(self.path)
+        path = self.path / "events.jsonl"
+        torn = path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n")
+        self._events = open(path, "a", encoding="utf-8")
+        self._events.write("\n" if torn else "")
+
+    def progress_file(self, stage_id: str) -> Path:
+        """Where the progress of one stage is collected."""
+        return self.path / "metrics" / f"{stage_id}.jsonl"
+
+    # -- listening -----------------------------------------------------------------------------------------
+    def __call__(self, event: Mapping[str, Any]) -> None:
+        """Record one event."""
+        kind = event["event"]
+        if kind == "progress":
+            self._record_progress(event)
+            return
+        assert self._events is not None
+        self._events.write(json.dumps(event, ensure_ascii=False) + "\n")
+        self._events.flush()
+        if kind == "stage_start":
+            self._report["running"] = event["id"]
+        elif kind == "stage_end":
+            self._close_progress()
+            self._end_stage(event)
+            os.fsync(self._events.fileno())
+        elif kind == "run_end":
+            self._close_progress()
+            self._report |= {name: event[name] for name in ("status", "error", "seconds")}
+            if event["status"] in ("done", "gate failed"):
+                self._report.pop("running", None)
+            self._write()
+            os.fsync(self._events.fileno())
+
+    def _record_progress(self, event: Mapping[str, Any]) -> None:
+        if self._progress is None:
+            path = self.progress_file(event["id"])
+            path.parent.mkdir(exist_ok=True)
+            earlier = [line for line in read_lines(path) if line.get("step", 0) < event["step"]]
+            self._progress = open(path, "w", encoding="utf-8")  # a resumed stage repeats the steps after its checkpoint
+            self._progress.writelines(json.dumps(line) + "\n" for line in earlier)
+        line = {name: value for name, value in event.items() if name not in ("event", "id")}
+        self._progress.write(json.dumps(line) + "\n")
+        self._progress.flush()
+
+    def _close_progress(self) -> None:
+        if self._progress is not None:
+            self._progress.close()
+            self._progress = None
+
+    def _end_stage(self, event: Mapping[str, Any]) -> None:
+        artifact = Path(event["artifact"])
+        progress = self.progress_file(event["id"])
+        if event["cache"] == "hit":
+            progress.unlink(missing_ok=True)
+            if (artifact / PROGRESS).exists():
+                progress.parent.mkdir(exist_ok=True)
+                copy_file(artifact / PROGRESS, progress)
+        if event["kind"] == "package":
+            export(artifact, self.path / "export" / event["id"])
+            self._report["exports"][event["id"]] = f"export/{event['id']}"
+        self.parts[event["id"]] = read_json(artifact / RECORD)["key"]
+        dropped = ("time", "event")
+        self._report["stages"].append({name: value for name, value in event.items() if name not in dropped})
+        self._report.pop("running", None)
+        self._write()
+
+    def _write(self) -> None:
+        assert self._plan is not None
+        write_atomic(self.path / "lock.json", json.dumps(self._lock_file(self._plan), indent=1, ensure_ascii=False))
+        write_atomic(self.path / REPORT, json.dumps(self._report, indent=1, ensure_ascii=False))
+
+    def _lock_file(self, plan: Plan) -> dict[str, Any]:
+        source = plan.source
+        return {
+            "a1q": __version__,
+            "model": {**plain(source.meta), "digest": source.digest} if source else None,
+            "data": self._data_facts(plan),
+            "runtime": plain(vars(plan.runtime)),
+            "packages": {**package_versions(), "datasets": _version("datasets")},
+            "python": sys.version.split()[0],
+            "platform": platform.platform(),
+            "processor": processor(),
+            "cores": os.cpu_count(),
+            "keys": self.parts,
+        }
+
+    def _data_facts(self, plan: Plan) -> dict[str, Any]:
+        facts = {}
+        for stage in plan.stages:
+            used = self.parts.get(stage.id, {}).get("data", {})
+            for name, entry in stage.data.items():
+                facts[name] = {
+                    "source": entry.config.get("source"),
+                    "revision": entry.config.get("revision"),
+                    "digest": used.get(name, {}).get("digest", entry.digest),
+                }
+        return facts
+
+
+def export(artifact: Path, target: Path) -> None:
+    """Make `target` hold exactly the artifact's files: copies or reflinks. A target that does already is left alone."""
+    files = read_json(artifact / MANIFEST)["files"]
+    if _holds(target, files):
+        return
+    aside = target.with_name(f".{target.name}.new")
+    remove_tree(aside)
+    for name in files:
+        (aside / name).parent.mkdir(parents=True, exist_ok=True)
+        copy_file(artifact / name, aside / name)
+    fsync_tree(aside)
+    remove_tree(target)
+    aside.rename(target)
+    fsync_path(target.parent)
+
+
+def _holds(target: Path, files: Mapping[str, Any]) -> bool:
+    there = {path.relative_to(target).as_posix(): path for path in target.rglob("*") if not path.is_dir()}
+    return set(there) == set(files) and all(
+        path.stat().st_size == files[name]["size"] and sha256_file(path) == files[name]["sha256"]
+        for name, path in there.items()
+    )
+
+
+def read_report(folder: Path) -> dict[str, Any] | None:
+    """The report of a run folder, or None if it is none."""
+    return read_json(folder / REPORT) or None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON mapping from a file; empty if the file is missing or damaged."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The JSON mappings of a .jsonl file; a line torn by a kill is passed over."""
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(ValueError):
+                value = json.loads(line)
+                if isinstance(value, dict):
+                    yield value
+
+
+def known_runs() -> list[Path]:
+    """Every run folder that exists and used this machine's store, oldest first."""
+    notes = sorted((home() / "runs").glob("*.txt"), key=lambda path: path.stat().st_mtime)
+    folders = (Path(note.read_text(encoding="utf-8")) for note in notes)
+    return [folder for folder in folders if (folder / REPORT).is_file()]
+
+
+def _register(folder: Path) -> None:
+    """Note the run folder in the store, so that `a1q store gc` knows which artifacts it refers to."""
+    note = home() / "runs" / f"{hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]}.txt"
+    with contextlib.suppress(OSError):  # a read-only store can still serve hits
+        note.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(note, str(folder))
+
+
+def processor() -> str:
+    """The processor's name."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
