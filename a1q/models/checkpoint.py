@@ -36,7 +36,7 @@ COMPANIONS = (
 """Files of a Hugging Face folder that travel with a model unchanged."""
 
 
-def save_model(model: nn.Module, folder: Path, tokenizer_from: Path | None = None) -> None:
+def save_model(model: Any, folder: Path, tokenizer_from: Path | None = None) -> None:
     """Write `model` to the existing `folder`: config, weights, and the tokenizer's files from another model folder.
 
     Dense parameters are stored in float32; in float16 once a module is snapped. Equal models give equal bytes.
@@ -189,7 +189,7 @@ def _load_plain(folder: Path, dtype: torch.dtype) -> Any:
 
 
 def _load_own(folder: Path, facts: Mapping[str, Any], dtype: torch.dtype) -> Any:
-    from accelerate import init_empty_weights
+    from accelerate import init_empty_weights  # type: ignore[import-untyped]
     from safetensors import safe_open
     from transformers import AutoModelForCausalLM
 

@@ -11,7 +11,7 @@ from torch import Tensor
 FLOOR = 1e-12
 """Least |scale| in the division that assigns indices. The forward pass has no floor."""
 FP16_MAX = 65504.0
-FEW = 4
+FEW = 16
 """Up to this many entries a comparison per midpoint is faster than a binary search."""
 
 
@@ -67,7 +67,7 @@ def to_fp16(tensor: Tensor) -> Tensor:
 
 
 def snap_lut(indices: Tensor, lut: Tensor) -> tuple[Tensor, Tensor]:
-    """(indices [out, in], lut [n, L]) on the CPU, the tables in float16 and ascending, the indices renamed with them."""
+    """(indices [out, in], lut [n, L]) on the CPU: tables in float16 and ascending, indices renamed with them."""
     rounded = to_fp16(lut)
     ascending, order = rounded.float().sort(dim=1, stable=True)
     rank_of = order.argsort(dim=1).to(torch.uint8)

@@ -23,8 +23,8 @@ class Scheme(ABC):
     Config: ClassVar[type]
     schema: ClassVar[Mapping[str, Any] | None] = None
     """Inline schema, for plug-ins outside this package only."""
-    trainable: ClassVar[Mapping[str, tuple[str, ...]]]
-    """Set name (`scales`, `magnitudes`, `lut`) -> the parts it trains. `weights` is always the latent weight."""
+    trainable: Mapping[str, tuple[str, ...]]
+    """Of the class or of the instance: set name (`scales`, `magnitudes`, `lut`) -> the parts it trains. `weights` is always the latent weight."""
 
     def __init__(self, config: Any):
         self.config = config
