@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from a1q.engine.artifact import sha256_bytes, sha256_file
+from a1q.engine.files import disk_error, fsync_path
 from a1q.errors import MismatchError, Problem, StageError
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ def save_checkpoint(
     Raises:
         StageError: if the disk is full or can't be written; earlier checkpoints stay as they are.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     stem = f"step-{step:08d}"
@@ -55,8 +57,9 @@ def save_checkpoint(
         note = folder / f"{stem}.json.tmp"
         note.write_bytes(_json({"body": body, "sha256": sha256_bytes(_json(body))}))
         _publish(note, folder / f"{stem}.json")
-    except (OSError, RuntimeError) as error:  # safetensors reports a failed write as its own error
-        raise StageError(f"the checkpoint of step {step} can't be written to {folder}: {error}") from error
+    except (OSError, SafetensorError) as error:
+        reason = disk_error(error, folder) or error
+        raise StageError(f"the checkpoint of step {step} was not written: {reason}") from error
     for old in _notes(folder)[KEPT:]:
         old.with_suffix(".safetensors").unlink(missing_ok=True)
         old.unlink(missing_ok=True)
@@ -91,14 +94,9 @@ def _json(value: Any) -> bytes:
 
 
 def _publish(temporary: Path, final: Path) -> None:
-    with open(temporary, "rb") as handle:
-        os.fsync(handle.fileno())
+    fsync_path(temporary)
     os.replace(temporary, final)
-    descriptor = os.open(final.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    fsync_path(final.parent)
 
 
 def _checked_body(note: Path, data: Path) -> dict[str, Any]:

@@ -64,7 +64,7 @@ def test_every_field_that_differs_is_named(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_made_is_a_stage_error(tmp_path: Path) -> None:
     (tmp_path / "inside").write_text("a file")
-    with pytest.raises(StageError, match="checkpoint of step 1"):
+    with pytest.raises(StageError, match="checkpoint of step 1 was not written"):
         save(tmp_path / "inside", 1)
 
 
@@ -75,7 +75,7 @@ def test_a_full_disk_is_a_stage_error_and_keeps_the_earlier(tmp_path: Path, monk
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(StageError, match="No space left"):
+    with pytest.raises(StageError, match="step 2 was not written: no space left"):
         save(tmp_path, 2)
     monkeypatch.undo()
     found = load_checkpoint(tmp_path, IDENTITY, print)

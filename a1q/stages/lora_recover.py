@@ -1,0 +1,246 @@
+"""`lora_recover`: win back quality with LoRA adapters, then merge them by a new fit or keep them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from a1q.engine.matching import summarize
+from a1q.engine.stage import Outcome, PlanContext, Stage, StageContext
+from a1q.errors import StageError
+from a1q.training.distillation import BatchConfig, Distillation, Objective
+from a1q.training.planning import activation_bytes, check_teacher, model_bytes, quantized_targets, weight_count
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from a1q.quant.linear import QuantLinear
+
+
+@dataclass(frozen=True)
+class LoraRecoverConfig:
+    """See schemas/stages/lora_recover.json."""
+
+    objective: Objective
+    rank: int
+    alpha: float | None
+    dropout: float
+    groups: tuple[str, ...] | None
+    merge: str
+    steps: int
+    lr: float
+    refit_steps: int
+    refit_lr: float
+    batch: BatchConfig
+    warmup: int
+    schedule: str
+    final_lr: float
+    clip: float | None
+    weight_decay: float
+    evaluate_every: int
+    evaluate_sequences: int
+    straight_through_fp16: bool
+
+
+class LoraRecoverStage(Stage):
+    """Adapters are plain PEFT around the quantized linears, whose own parameters are frozen while gradients pass.
+
+    Metrics are held-out KL in nats per token: `kl_before`, `kl_adapter`, and for `merge: refit` `kl_merged`,
+    `kl_refit` and `kept`: `refit`, or `before` where the recovery did no good and the model stays as it was.
+    """
+
+    Config = LoraRecoverConfig
+
+    def plan(self, ctx: PlanContext) -> Outcome:
+        """Resolve the modules that get an adapter and predict memory and disk."""
+        config, view = ctx.config, ctx.views["model"]
+        if view is None:
+            return Outcome()
+        targets = quantized_targets(ctx, view, config.groups)
+        check_teacher(ctx, config.objective, view)
+        sizes = [module.shape for module in targets.values()]
+        too_small = [name for name, module in targets.items() if config.rank > min(module.shape)]
+        if too_small:
+            ctx.mismatch("rank", f"rank {config.rank} is more than a side of {', '.join(summarize(too_small))}")
+        adapters = config.rank * sum(rows + columns for rows, columns in sizes)
+        if config.merge == "adapter":
+            changed = {name: dataclasses.replace(item, adapter=config.rank) for name, item in targets.items()}
+            view, kept = view.replace(changed), 2 * 4 * adapters
+        else:
+            kept = 0
+        # frozen quantized weights, kept for the backward pass; adapters with gradient, moments and best; the latents
+        memory = 4 * view.parameters + 8 * weight_count(targets.values()) + 20 * adapters
+        memory += activation_bytes(view, config.batch, ctx.views.get("teacher"))
+        return Outcome(
+            view=view,
+            disk_bytes=model_bytes(view, view.modules) + kept,
+            memory_bytes=memory,
+            notes=(f"rank {config.rank} on {', '.join(summarize(targets))}",) if targets else (),
+        )
+
+    def run(self, ctx: StageContext) -> None:
+        """Train adapters, then refit or keep them.
+
+        Raises:
+            StageError, MismatchError, Interrupted: as `train`.
+        """
+        from a1q.distill.cache import TeacherCache
+        from a1q.models.checkpoint import load_model, save_model
+        from a1q.quant.linear import quantized_modules
+        from a1q.training.adapters import save_peft_adapter
+        from a1q.training.device import prepare_torch
+        from a1q.training.parameters import select_modules, set_aside_latents
+
+        config, source, teacher = ctx.config, ctx.inputs["model"], ctx.inputs["teacher"]
+        assert source is not None and teacher is not None
+        device = prepare_torch(ctx.runtime, ctx.seed)
+        model = load_model(source.path, device=device)
+        modules = dict(quantized_modules(model))
+        chosen = select_modules(modules, ctx.groups, config.groups)
+        for module in modules.values():
+            module.straight_through_fp16 = config.straight_through_fp16
+        latents = set_aside_latents(modules)
+        objective = Distillation(
+            model,
+            TeacherCache(teacher.path),
+            config.objective,
+            config.batch,
+            ctx.runtime,
+            ctx.seed,
+            config.evaluate_sequences,
+        )
+        if objective.held_out() is None:
+            raise StageError("the teacher cache has no held-out part to judge a recovery by: raise `tune_sequences`")
+        identity = {"model": source.digest, "teacher": teacher.digest}
+        _train_adapters(ctx, objective, chosen, identity)
+        if config.merge == "refit":
+            helped = _refit(ctx, objective, chosen, latents, identity)
+            if not helped:
+                model = load_model(source.path)
+                save_model(model, ctx.out, tokenizer_from=source.path)
+                return
+        for name, latent in latents.items():
+            if modules[name].latent is None:
+                modules[name].start_latent(latent)
+        save_model(model, ctx.out, tokenizer_from=source.path)
+        if config.merge == "adapter":
+            save_peft_adapter(model, ctx.out / "adapter")
+
+
+def _train_adapters(
+    ctx: StageContext, objective: Distillation, chosen: Mapping[str, QuantLinear], identity: Mapping[str, Any]
+) -> None:
+    """Train adapters with PEFT and leave them in the modules' own slots."""
+    import torch
+
+    from a1q.training.adapters import adapter_tensors, attach_adapters
+    from a1q.training.loop import run_loop
+
+    config = ctx.config
+    alpha = float(config.alpha or config.rank)
+    torch.manual_seed(ctx.seed)  # A starts at random
+    wrapped = attach_adapters(objective.model, chosen, config.rank, alpha, config.dropout)
+    state = {name: item for name, item in wrapped.named_parameters() if item.requires_grad}
+    wrapped.train()
+    result = run_loop(
+        ctx,
+        parameter_groups=[{"name": "adapters", "params": list(state.values()), "lr": config.lr}],
+        loss_of=objective.loss_of,
+        evaluate=objective.evaluate,
+        spec=_loop_spec(ctx, "adapter", config.steps),
+        state=state,
+        identity=identity,
+    )
+    trained = adapter_tensors(wrapped)
+    wrapped.unload()
+    for name, module in chosen.items():
+        module.set_adapter(*trained[name], alpha)
+    ctx.metrics.update(
+        kl_before=result.start_tune,
+        kl_adapter=result.best_tune,
+        adapter_step=result.kept_step,
+        tokens_per_second=result.tokens_per_second,
+    )
+
+
+def _refit(
+    ctx: StageContext,
+    objective: Distillation,
+    chosen: Mapping[str, QuantLinear],
+    latents: Mapping[str, Tensor],
+    identity: Mapping[str, Any],
+) -> bool:
+    """Merge the adapters into the modules by a new fit and train scales and tables; return whether it helped."""
+    from a1q.training.loop import run_loop
+    from a1q.training.parameters import parameter_groups
+
+    config, before = ctx.config, ctx.metrics["kl_before"]
+    starts: dict[str, dict[str, Any]] = {"assign": {}, "fit": {}}
+    targets = {}
+    for name, module in chosen.items():
+        # The latent holds what the indices were rounded from: a small change moves indices there, where on the grid
+        # itself it would round back to the same ones.
+        base = latents[name] if name in latents else module.dequantize()
+        target = targets[name] = base + module.adapter_delta()
+        parts = {part: tensor.detach().clone() for part, tensor in module.parts().items()}
+        starts["assign"][name] = {**parts, "indices": module.scheme.assign(parts, target)}
+        starts["fit"][name] = module.scheme.fit(target, None, ctx.seed)
+        module.drop_adapter()
+        if name in latents:
+            module.start_latent(target)
+
+    def put(parts_of: Mapping[str, Any]) -> None:
+        for name, module in chosen.items():
+            module.replace_parts(parts_of[name], targets[name])
+
+    measured = {}
+    for start, parts_of in starts.items():
+        put(parts_of)
+        measured[start] = objective.evaluate()
+    best = min(measured, key=lambda start: measured[start])
+    put(starts[best])
+    ctx.metrics.update(kl_merged=measured[best], merge_start=best)
+    after = measured[best]
+    if config.refit_steps:
+        rates = {"scales": config.refit_lr, "lut": config.refit_lr}
+        groups, state = parameter_groups(objective.model, chosen.values(), rates, rates)
+        objective.model.train()
+        result = run_loop(
+            ctx,
+            parameter_groups=groups,
+            loss_of=objective.loss_of,
+            evaluate=objective.evaluate,
+            spec=_loop_spec(ctx, "refit", config.refit_steps),
+            state=state,
+            identity=identity,
+        )
+        assert result.best_tune is not None
+        after = ctx.metrics["kl_refit"] = result.best_tune
+    helped = after < before
+    ctx.metrics["kept"] = "refit" if helped else "before"
+    if not helped:
+        ctx.log(
+            f"WARNING: merging the adapters did no good: held-out KL {before:.5g} before, {after:.5g} after; "
+            "the model stays as it was. More steps, a higher rank or `merge: adapter` may help."
+        )
+    return helped
+
+
+def _loop_spec(ctx: StageContext, name: str, steps: int) -> Any:
+    from a1q.training.loop import LoopSpec
+
+    config = ctx.config
+    return LoopSpec(
+        name=name,
+        steps=steps,
+        seed=ctx.seed,
+        accumulate=config.batch.accumulate,
+        warmup=config.warmup,
+        schedule=config.schedule,
+        final_lr=config.final_lr,
+        clip=config.clip,
+        weight_decay=config.weight_decay,
+        evaluate_every=config.evaluate_every,
+    )

@@ -1,0 +1,150 @@
+"""`train`: distill a quantized model against a cached teacher; weights, scales and tables train end to end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from a1q.engine.matching import summarize
+from a1q.engine.stage import Outcome, PlanContext, Stage, StageContext
+from a1q.models.view import QUANTIZED, ModelView
+from a1q.training.distillation import BatchConfig, Distillation, Objective
+from a1q.training.planning import activation_bytes, check_teacher, model_bytes, quantized_targets, weight_count
+
+
+@dataclass(frozen=True)
+class LearningRates:
+    """Peak learning rate of every parameter set."""
+
+    weights: float
+    scales: float
+    magnitudes: float
+    lut: float
+    norms: float
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """See schemas/stages/train.json."""
+
+    objective: Objective
+    steps: int
+    batch: BatchConfig
+    lr: LearningRates
+    trainable: tuple[str, ...]
+    groups: tuple[str, ...] | None
+    warmup: int
+    schedule: str
+    final_lr: float
+    clip: float | None
+    weight_decay: float
+    keep: str
+    evaluate_every: int
+    evaluate_sequences: int
+    straight_through_fp16: bool
+
+
+class TrainStage(Stage):
+    """Quantization-aware distillation.
+
+    With `weights` in `trainable`, every trained module has a latent weight from which its indices are derived anew
+    in each forward pass; the artifact keeps it. Without, indices stand still and the latents of the trained modules
+    are dropped: they would no longer agree with the trained scales. Modules that don't train keep theirs.
+    """
+
+    Config = TrainConfig
+
+    def plan(self, ctx: PlanContext) -> Outcome:
+        """Resolve the modules that train and predict memory and disk."""
+        config, view = ctx.config, ctx.views["model"]
+        if view is None:
+            return Outcome()
+        targets = quantized_targets(ctx, view, config.groups)
+        check_teacher(ctx, config.objective, view)
+        if not targets:
+            return Outcome(view=view)
+        count, weights = weight_count(targets.values()), "weights" in config.trainable
+        # per trained weight: the quantized weight and its gradient; with a latent also itself, its gradient, two
+        # moments and the best so far
+        memory = 4 * view.parameters + count * (28 if weights else 8)
+        memory += activation_bytes(view, config.batch, ctx.views.get("teacher"))
+        return Outcome(
+            view=view,
+            disk_bytes=model_bytes(view, _latents(view, set(targets), weights)),
+            memory_bytes=memory,
+            notes=(f"trains {', '.join(config.trainable)} of {', '.join(summarize(targets))}",),
+        )
+
+    def run(self, ctx: StageContext) -> None:
+        """Train, keep the best, write the model; metrics: held-out KL at start, end and best, speed.
+
+        Raises:
+            StageError: if too many steps in a row are not finite, or nothing is left to train.
+            MismatchError: if a checkpoint of another machine or thread count stands in the way.
+            Interrupted: at SIGINT or SIGTERM, after a checkpoint.
+        """
+        from a1q.distill.cache import TeacherCache
+        from a1q.models.checkpoint import load_model, save_model
+        from a1q.quant.linear import quantized_modules
+        from a1q.training.device import prepare_torch
+        from a1q.training.loop import LoopSpec, run_loop
+        from a1q.training.parameters import parameter_groups, select_modules, set_aside_latents
+
+        config, source, teacher = ctx.config, ctx.inputs["model"], ctx.inputs["teacher"]
+        assert source is not None and teacher is not None
+        device = prepare_torch(ctx.runtime, ctx.seed)
+        model = load_model(source.path, device=device)
+        modules = dict(quantized_modules(model))
+        chosen = select_modules(modules, ctx.groups, config.groups)
+        for module in modules.values():
+            module.straight_through_fp16 = config.straight_through_fp16
+        weights = "weights" in config.trainable
+        frozen = {name: module for name, module in modules.items() if name not in chosen or not weights}
+        aside = set_aside_latents(frozen)
+        if weights:
+            for module in chosen.values():
+                if module.latent is None:
+                    module.start_latent()
+        elif aside.keys() & chosen.keys():
+            ctx.log("weights don't train here: latents are dropped, indices stay as they are")
+        groups, state = parameter_groups(model, chosen.values(), config.trainable, vars(config.lr))
+        objective = Distillation(
+            model,
+            TeacherCache(teacher.path),
+            config.objective,
+            config.batch,
+            ctx.runtime,
+            ctx.seed,
+            config.evaluate_sequences,
+        )
+        model.train()
+        result = run_loop(
+            ctx,
+            parameter_groups=groups,
+            loss_of=objective.loss_of,
+            evaluate=objective.held_out(),
+            spec=LoopSpec(
+                steps=config.steps,
+                seed=ctx.seed,
+                accumulate=config.batch.accumulate,
+                warmup=config.warmup,
+                schedule=config.schedule,
+                final_lr=config.final_lr,
+                clip=config.clip,
+                weight_decay=config.weight_decay,
+                keep=config.keep,
+                evaluate_every=config.evaluate_every,
+            ),
+            state=state,
+            identity={"model": source.digest, "teacher": teacher.digest},
+        )
+        for name, latent in aside.items():
+            if name not in chosen:
+                modules[name].start_latent(latent)
+        save_model(model, ctx.out, tokenizer_from=source.path)
+        ctx.metrics.update(result.metrics())
+
+
+def _latents(view: ModelView, targets: set[str], weights: bool) -> list[str]:
+    """Modules whose latent the artifact may hold: what trains if weights do, and all that does not train."""
+    quantized = {name for name, module in view.modules.items() if module.state == QUANTIZED}
+    return sorted(quantized if weights else quantized - targets)

@@ -1,0 +1,78 @@
+"""LoRA adapters: attached and trained as plain PEFT, kept in quantized modules, written as a PEFT folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+ADAPTER = "default"
+
+
+def attach_adapters(model: nn.Module, names: Iterable[str], rank: int, alpha: float, dropout: float) -> Any:
+    """Wrap the named linears of `model` with LoRA; only the adapters require gradients.
+
+    Returns:
+        The `PeftModel`; its `unload()` gives `model` back without adapters.
+    """
+    from peft import get_peft_model
+
+    return get_peft_model(model, _lora_config(dict.fromkeys(names, (rank, alpha)), dropout))
+
+
+def adapter_tensors(peft_model: Any) -> dict[str, tuple[Tensor, Tensor]]:
+    """Name of the wrapped linear -> A [rank, in], B [out, rank]."""
+    from peft.tuners.lora import LoraLayer
+
+    return {
+        name: (layer.lora_A[ADAPTER].weight.detach(), layer.lora_B[ADAPTER].weight.detach())
+        for name, layer in peft_model.get_base_model().named_modules()
+        if isinstance(layer, LoraLayer)
+    }
+
+
+def save_peft_adapter(model: nn.Module, folder: Path) -> None:
+    """Write the unmerged adapters of a model's quantized modules as PEFT does.
+
+    `PeftModel.from_pretrained(base, folder)` then computes on the exported Hugging Face folder what `model` computes.
+    """
+    from safetensors.torch import save_file
+
+    from a1q.quant.linear import quantized_modules
+
+    tensors: dict[str, Tensor] = {}
+    sizes: dict[str, tuple[int, float]] = {}
+    for name, module in quantized_modules(model):
+        if module.lora_A is not None and module.lora_B is not None:
+            sizes[name] = (len(module.lora_A), module.adapter_alpha)
+            for part, tensor in (("lora_A", module.lora_A), ("lora_B", module.lora_B)):
+                tensors[f"base_model.model.{name}.{part}.weight"] = tensor.detach().cpu().contiguous()
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    config = _lora_config(sizes, dropout=0.0)
+    config.inference_mode = True
+    config.save_pretrained(folder)
+    path = folder / "adapter_config.json"  # PEFT writes a set in the order of this process's hashes
+    document = json.loads(path.read_text(encoding="utf-8"))
+    document["target_modules"].sort()
+    path.write_text(json.dumps(document, indent=2, sort_keys=True), encoding="utf-8")
+
+
+def _lora_config(sizes: dict[str, tuple[int, float]], dropout: float) -> Any:
+    from peft import LoraConfig
+
+    rank, alpha = next(iter(sizes.values()))
+    odd = {name: size for name, size in sizes.items() if size != (rank, alpha)}
+    return LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=list(sizes),
+        rank_pattern={name: size[0] for name, size in odd.items()},
+        alpha_pattern={name: size[1] for name, size in odd.items()},
+        task_type="CAUSAL_LM",
+    )

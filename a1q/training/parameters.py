@@ -1,0 +1,72 @@
+"""What trains and what stays: parameter sets of quantized modules, everything else frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from a1q.engine.pattern import compile_pattern
+from a1q.engine.stage import Group
+from a1q.errors import StageError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from a1q.quant.linear import QuantLinear
+
+NORMS = "norms"
+"""The one set outside the quantized modules: the model's normalization gains. It costs no bits."""
+
+
+def select_modules(
+    modules: Mapping[str, QuantLinear], groups: Mapping[str, Group], names: Iterable[str] | None
+) -> dict[str, QuantLinear]:
+    """The modules that the named groups match, in model order; all of them for None."""
+    if names is None:
+        return dict(modules)
+    patterns = [compile_pattern(groups[name].match) for name in names]
+    return {name: module for name, module in modules.items() if any(each.fullmatch(name) for each in patterns)}
+
+
+def parameter_groups(
+    model: nn.Module, modules: Iterable[QuantLinear], sets: Iterable[str], rates: Mapping[str, float]
+) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+    """Freeze `model` but for the named sets of `modules`.
+
+    A part that belongs to two sets (g: to scales and magnitudes) trains with the first that names it.
+
+    Returns:
+        The optimizer's groups, one per set that has parameters, and the trained parameters by name.
+
+    Raises:
+        StageError: if nothing is left to train.
+    """
+    model.requires_grad_(False)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    modules = list(modules)
+    groups: list[dict[str, Any]] = []
+    state: dict[str, Tensor] = {}
+    for set_name in sets:
+        if set_name == NORMS:
+            found = [item for name, item in model.named_parameters() if item.ndim == 1 and "norm" in name]
+        else:
+            found = [parameter for module in modules for parameter in module.trainable(set_name)]
+        new = [parameter for parameter in found if names[id(parameter)] not in state]
+        state |= {names[id(parameter)]: parameter.requires_grad_(True) for parameter in new}
+        if new:
+            groups.append({"name": set_name, "params": new, "lr": rates[set_name]})
+    if not groups:
+        raise StageError(f"there is nothing to train: no module has parameters in {', '.join(sets)}")
+    return groups, state
+
+
+def set_aside_latents(modules: Mapping[str, QuantLinear]) -> dict[str, Tensor]:
+    """Fix the indices of modules whose weights don't train now, and return their latents [out, in] by name.
+
+    Indices are those the latents mean as the module stands, so its function does not change; `start_latent` puts a
+    latent back.
+    """
+    found = {name: module.latent.detach() for name, module in modules.items() if module.latent is not None}
+    for name in found:
+        modules[name].drop_latent()
+    return found

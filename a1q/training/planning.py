@@ -1,0 +1,76 @@
+"""What the stages that train say while planning: which modules, whether the teacher serves, how much they need."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from a1q.distill.losses import tail_problem
+from a1q.engine.matching import resolve_rules, summarize
+from a1q.engine.stage import PlanContext
+from a1q.models.view import DENSE, QUANTIZED, SNAPPED, ModelView, ModuleView
+from a1q.training.distillation import BatchConfig, Objective
+
+
+def quantized_targets(ctx: PlanContext, view: ModelView, groups: Sequence[str] | None) -> dict[str, ModuleView]:
+    """The quantized modules that `groups` name (all of them for None); problems are recorded in `ctx`."""
+    if not any(module.state == QUANTIZED for module in view.modules.values()):
+        if any(module.state == SNAPPED for module in view.modules.values()):
+            ctx.recipe_problem(
+                "", "the model here is snapped, and snapped modules no longer train", "put it before `snap`"
+            )
+        else:
+            ctx.recipe_problem("", "no module of the model here is quantized", "put a `quantize` stage before it")
+        return {}
+    if groups is None:
+        found = {name: module for name, module in view.modules.items() if module.state == QUANTIZED}
+    else:
+        found = {name: view.modules[name] for name in resolve_rules(ctx, groups, "groups", view)}
+    for state, remedy in ((DENSE, "quantize them before"), (SNAPPED, "snapped modules no longer train")):
+        wrong = [name for name, module in found.items() if module.state == state]
+        if wrong:
+            message = f"{len(wrong)} modules are {state}, not quantized: {', '.join(summarize(wrong))}"
+            ctx.recipe_problem("groups", message, remedy)
+    adapted = [name for name, module in found.items() if module.adapter]
+    if adapted:
+        message = f"{len(adapted)} modules hold an unmerged adapter: {', '.join(summarize(adapted))}"
+        ctx.recipe_problem("", message, "use `merge: refit` in the lora_recover before, or put this stage first")
+    return {name: module for name, module in found.items() if module.state == QUANTIZED and not module.adapter}
+
+
+def check_teacher(ctx: PlanContext, objective: Objective, view: ModelView) -> None:
+    """Record why the planned teacher cache can't serve this objective and student."""
+    teacher = ctx.views.get("teacher")
+    if not teacher:
+        return
+    problem = tail_problem(objective.tail, objective.temperature, teacher.get("random_negatives", 1))
+    if problem:
+        ctx.recipe_problem("objective.tail", problem, "cache some (`random_negatives: 128`) or use `tail: bucket`")
+    vocabulary, own = teacher.get("vocabulary"), view.config.get("vocab_size")
+    if vocabulary and own and vocabulary != own:
+        ctx.mismatch("objective.kd", f"the teacher's vocabulary is {vocabulary}, the student's {own}")
+
+
+def weight_count(modules: Iterable[ModuleView]) -> int:
+    """Number of weights in these modules."""
+    return sum(module.shape[0] * module.shape[1] for module in modules)
+
+
+def model_bytes(view: ModelView, latents: Iterable[str]) -> int:
+    """Bytes of the model on disk, quantized modules packed, `latents` with their fp32 latent, the rest fp32."""
+    latents, packed, dense = set(latents), 0.0, view.parameters
+    for name, module in view.modules.items():
+        if module.state != DENSE and module.scheme is not None:
+            count = weight_count([module])
+            dense -= count
+            packed += count * module.scheme["bits"] / 8 + (4 * count if name in latents else 0)
+    return int(packed + 4 * dense)
+
+
+def activation_bytes(view: ModelView, batch: BatchConfig, teacher: Any) -> int:
+    """Rough bytes that one micro-batch keeps for its backward pass, fp32."""
+    config, seq_len = view.config, (teacher or {}).get("seq_len", 0)
+    tokens = batch.sequences * seq_len
+    per_layer = 16 * config.get("hidden_size", 0) + 6 * config.get("intermediate_size", 0)
+    attention = 2 * config.get("num_attention_heads", 0) * seq_len
+    return 4 * tokens * (config.get("num_hidden_layers", 0) * (per_layer + attention) + 3 * config.get("vocab_size", 0))
