@@ -54,7 +54,7 @@ class SafetensorsExporter(Exporter):
         import torch
         from huggingface_hub import save_torch_state_dict
 
-        from a1q.models.checkpoint import copy_tokenizer, load_model
+        from a1q.models.checkpoint import copy_companions, load_model
         from a1q.quant.linear import quantized_modules
 
         torch.manual_seed(ctx.seed)
@@ -63,9 +63,7 @@ class SafetensorsExporter(Exporter):
         save_torch_state_dict(state, ctx.out, max_shard_size=config.shard_size, metadata={"format": "pt"})
         loaded.config.dtype = torch.float16
         loaded.config.save_pretrained(ctx.out)
-        if loaded.generation_config is not None:
-            loaded.generation_config.save_pretrained(ctx.out)
-        copy_tokenizer(model.path, ctx.out)
+        copy_companions(model.path, ctx.out)
         if any(module.adapter is not None for _, module in quantized_modules(loaded)):
             from a1q.training.adapters import save_peft_adapter
 
@@ -85,7 +83,7 @@ class SafetensorsExporter(Exporter):
         generator = torch.Generator().manual_seed(ctx.seed)
         tokens = torch.randint(written.config.vocab_size, (1, config.verify_tokens), generator=generator)
         for _, module in quantized_modules(loaded):
-            module.adapter = None  # the folder's weights are without it; it stands beside them in adapter/
+            module.drop_adapter()  # the folder's weights are without it; it stands beside them in adapter/
         with torch.inference_mode():
             expected = loaded.eval()(tokens).logits[0].double()
             found = written.eval()(tokens).logits[0].double()
