@@ -1,0 +1,41 @@
+"""Write a program as an `.mlpackage`: the same program gives the same bytes."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import uuid
+from pathlib import Path
+from typing import Any
+
+from a1q.coreml.toolkit import SPECIFICATION, coremltools
+
+NAMESPACE = uuid.UUID("6f2c6b51-6f0f-5b0e-9f0a-a1c0de000001")
+"""Of the name-based identifiers in a package's manifest, where coremltools puts random ones."""
+
+
+def write_package(program: Any, path: Path) -> None:
+    """Serialize `program` to `path` (.mlpackage, must not exist).
+
+    The program is written as it was built, through no optimization pass: `fuse_conv_scale` would make dense weights
+    of palettized ones, `canonicalize_quantized_lut_pattern` a table per block, and cleaning is not needed.
+    """
+    ct = coremltools()
+    from coremltools.converters.mil.backend.mil.load import load as lower
+
+    with tempfile.TemporaryDirectory(prefix="a1q-coreml-") as weights:
+        model = lower(program, weights, specification_version=SPECIFICATION)
+        ct.models.utils.save_spec(model, str(path), weights_dir=weights)
+    _make_reproducible(path, model)
+
+
+def _make_reproducible(path: Path, model: Any) -> None:
+    """Sort the protobuf's maps and name the manifest's items by their path."""
+    manifest_file = path / "Manifest.json"
+    manifest = json.loads(manifest_file.read_text())
+    names = {old: str(uuid.uuid5(NAMESPACE, item["path"])) for old, item in manifest["itemInfoEntries"].items()}
+    manifest["itemInfoEntries"] = {names[old]: item for old, item in manifest["itemInfoEntries"].items()}
+    root = manifest["rootModelIdentifier"] = names[manifest["rootModelIdentifier"]]
+    manifest_file.write_text(json.dumps(manifest, indent=4, sort_keys=True) + "\n")
+    model_file = path / "Data" / manifest["itemInfoEntries"][root]["path"]
+    model_file.write_bytes(model.SerializeToString(deterministic=True))

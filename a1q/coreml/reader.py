@@ -1,0 +1,49 @@
+"""Read a saved package back, as any machine can: its description, its program, its weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from a1q.coreml.toolkit import coremltools
+
+WEIGHTS = "Data/com.apple.CoreML/weights/weight.bin"
+
+
+@dataclass(frozen=True)
+class Package:
+    """A package as read from disk."""
+
+    path: Path
+    program: Any
+    """`coremltools.converters.mil.mil.Program`."""
+    description: Any
+    """The description message (`ModelDescription`): functions with inputs, outputs and states."""
+    weight_bytes: int
+    """Size of the weight file."""
+
+    @property
+    def operations(self) -> dict[str, int]:
+        """Operations per function, constants not counted."""
+        return {
+            name: sum(op.op_type != "const" and not op.op_type.startswith("constexpr") for op in function.operations)
+            for name, function in self.program.functions.items()
+        }
+
+
+def read_package(path: Path) -> Package:
+    """Load `path` (.mlpackage).
+
+    Raises:
+        ValueError: if it is no ML program.
+    """
+    ct = coremltools()
+    from coremltools.converters.mil.frontend.milproto.load import load
+
+    model = ct.models.utils.load_spec(str(path))
+    if model.WhichOneof("Type") != "mlProgram":
+        raise ValueError(f"{path} is not an ML program")
+    weights = path / WEIGHTS
+    program = load(model, model.specificationVersion, str(weights.parent))
+    return Package(path, program, model.description, weights.stat().st_size if weights.exists() else 0)
