@@ -31,6 +31,8 @@ class ModuleView:
     """The complete scheme mapping (`{"scheme": "lut_lowrank", "bits": 4, ...}`), None while dense."""
     adapter: int = 0
     """Rank of an unmerged adapter; 0 for none."""
+    latent: bool = False
+    """Whether the file also holds the weight from which the indices are derived (float32)."""
 
 
 @dataclass(frozen=True)

@@ -8,20 +8,19 @@ from torch import Tensor
 from a1q.quant.grid import nearest, sums_per_entry
 
 SAMPLE = 1 << 20
-"""Quantiles are taken of at most this many values, evenly spaced through the tensor."""
+"""Quantiles are taken of at most this many values per table, evenly spaced through them."""
 
 
 def quantile_start(values: Tensor, count: int) -> Tensor:
-    """`count` ascending entries at the middles of equal shares of the values' mass, in their type [count].
+    """`count` values of each row of `values` [n, m], ascending: [n, count].
 
-    Shares are of the cube root of the density (Panter and Dite, 1951: where squared error asks for entries), which
-    for a normal distribution means the quantiles of one √3 times wider.
+    They stand at the levels Φ(√3 Φ⁻¹((k + ½) / count)): squared error asks for entries as dense as the cube root of
+    the values' density (Panter and Dite, 1951), which a normal distribution has √3 times wider.
     """
-    flat = values.reshape(-1)
-    flat = flat[:: max(1, flat.numel() // SAMPLE)].double()
-    shares = (torch.arange(count, dtype=torch.float64, device=flat.device) + 0.5) / count
-    mean, width = flat.mean(), flat.std(unbiased=False)
-    return (mean + width * 3**0.5 * torch.special.ndtri(shares)).to(values.dtype)
+    sample = values[:, :: max(1, values.shape[1] // SAMPLE)].sort(dim=1).values
+    middles = (torch.arange(count, dtype=torch.float64, device=values.device) + 0.5) / count
+    levels = torch.special.ndtr(3**0.5 * torch.special.ndtri(middles))
+    return sample[:, (levels * (sample.shape[1] - 1)).round().long()]
 
 
 def lloyd(values: Tensor, use: Tensor, lut: Tensor, rounds: int) -> Tensor:

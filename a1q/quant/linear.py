@@ -76,7 +76,7 @@ class QuantLinear(nn.Linear):
         weight = module.weight.detach().float()
         if not bool(torch.isfinite(weight).all()):
             raise StageError("the weight holds values that are not finite")
-        parts = make_scheme(spec).fit(weight, statistics, seed)
+        parts = _fit(make_scheme(spec), weight, statistics, seed)
         return cls(spec, parts, module.bias, weight.clone() if keep_latent else None)
 
     # -- what the module is ----------------------------------------------------------------------------------
@@ -161,7 +161,7 @@ class QuantLinear(nn.Linear):
         target = target.detach().float()
         self.spec = complete(spec)
         self.scheme = make_scheme(self.spec)
-        self.replace_parts(self.scheme.fit(target, statistics, seed), target)
+        self.replace_parts(_fit(self.scheme, target, statistics, seed), target)
 
     def replace_parts(self, parts: Mapping[str, Tensor], latent: Tensor | None = None) -> None:
         """Put other parts of the present scheme in place; where a latent is kept it becomes `latent`."""
@@ -215,6 +215,14 @@ class QuantLinear(nn.Linear):
         for name in self.part_names:
             part = parts[name].detach().to(self.indices.device)
             self.register_parameter(name, nn.Parameter(part, requires_grad=state == QUANTIZED))
+
+
+def _fit(scheme: Scheme, weight: Tensor, statistics: Tensor | None, seed: int) -> dict[str, Tensor]:
+    """Fit where the weight is, but for Metal, which has no float64."""
+    place = "cpu" if weight.device.type == "mps" else weight.device
+    statistics = None if statistics is None else statistics.to(place)
+    parts = scheme.fit(weight.to(place), statistics, seed)
+    return {name: part.to(weight.device) for name, part in parts.items()}
 
 
 def quantized_modules(model: nn.Module) -> Iterator[tuple[str, QuantLinear]]:

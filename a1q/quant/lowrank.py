@@ -166,7 +166,7 @@ def rms_start(weight: Tensor, importance: Tensor, bits: int, learn_lut: bool) ->
     scale = a[:, None] * b
     z, use = weight / scale, scale.square() * importance
     if learn_lut:
-        lut = lloyd(z, use, quantile_start(z, 2**bits)[None], rounds=30)[0]
+        lut = lloyd(z, use, quantile_start(z.reshape(1, -1), 2**bits), rounds=30)[0]
     else:
         even = linspace_lut(bits, weight)
         losses = [weighted_error(weight, _nearest_on(z, even * clip) * scale, importance) for clip in CLIPS]
