@@ -1,0 +1,58 @@
+"""A stand-in for a language model: logits are a fixed function of the tokens, cheap and the same everywhere."""
+
+from types import SimpleNamespace
+
+import torch
+
+from a1q.distill.cache import PARTS
+from a1q.distill.teacher import write_shards
+
+
+class TableModel(torch.nn.Module):
+    """`logits[b, t] = table[tokens[b, t]]`; counts its calls."""
+
+    def __init__(self, vocabulary, seed=0):
+        super().__init__()
+        self.table = 3 * torch.randn(vocabulary, vocabulary, generator=torch.Generator().manual_seed(seed))
+        self.calls = 0
+
+    def forward(self, input_ids, use_cache=False):
+        self.calls += 1
+        return SimpleNamespace(logits=self.table[input_ids])
+
+
+class Killed(BaseException):
+    """What a test raises where a process would die."""
+
+
+def random_tokens(sequences, length, vocabulary, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(vocabulary, (sequences, length), generator=generator).int().numpy()
+
+
+def write(folder, model, parts, *, top_k=5, random_negatives=7, shard_sequences=4, batch=2, seed=11, **more):
+    """`write_shards` plus the description, as the stage leaves them."""
+    import json
+
+    names = write_shards(
+        model,
+        parts,
+        folder=folder,
+        top_k=top_k,
+        random_negatives=random_negatives,
+        shard_sequences=shard_sequences,
+        batch=batch,
+        seed=seed,
+        **more,
+    )
+    description = {
+        "format": 1,
+        "vocabulary": len(model.table),
+        "seq_len": parts["train"].shape[1],
+        "top_k": top_k,
+        "random_negatives": random_negatives,
+        "shard_sequences": shard_sequences,
+        "parts": {part: {"sequences": len(parts[part]), "shards": names[part]} for part in PARTS},
+    }
+    (folder / "teacher.json").write_text(json.dumps(description))
+    return names

@@ -1,0 +1,133 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from a1q.distill.cache import TeacherCache, id_bytes, position_bytes
+from a1q.distill.losses import kd_loss
+from a1q.errors import StageError
+from a1q.models.view import read_safetensors_header
+from tests.distill.fakes import TableModel, random_tokens, write
+
+
+@st.composite
+def shapes(draw):
+    vocabulary = draw(st.integers(2, 70))
+    kept = draw(st.integers(1, vocabulary))
+    return {
+        "vocabulary": vocabulary,
+        "top_k": kept,
+        "random_negatives": draw(st.integers(0, vocabulary - kept)),
+        "length": draw(st.integers(2, 9)),
+        "train": draw(st.integers(1, 9)),
+        "tune": draw(st.integers(0, 5)),
+        "shard_sequences": draw(st.integers(1, 5)),
+        "batch": draw(st.integers(1, 4)),
+    }
+
+
+@settings(max_examples=40, deadline=None)
+@given(shape=shapes(), data=st.data())
+def test_what_is_read_is_what_the_teacher_said(tmp_path_factory, shape, data):
+    folder = tmp_path_factory.mktemp("cache")
+    model = TableModel(shape["vocabulary"])
+    parts = {
+        part: random_tokens(shape[part], shape["length"], shape["vocabulary"], seed)
+        for seed, part in enumerate(("train", "tune"))
+    }
+    names = ("top_k", "random_negatives", "shard_sequences", "batch")
+    write(folder, model, parts, **{name: shape[name] for name in names})
+    cache = TeacherCache(folder)
+    assert cache.seq_len == shape["length"]
+    for part in parts:
+        assert cache.size(part) == len(parts[part])
+        if not len(parts[part]):
+            continue
+        rows = data.draw(st.lists(st.integers(0, len(parts[part]) - 1), min_size=1, max_size=6))
+        batch = cache.batch(rows, part)
+        tokens = torch.from_numpy(parts[part][rows]).long()
+        logits = model.table[tokens]
+        assert torch.equal(batch.tokens, tokens)
+        assert torch.equal(batch.lse, logits.logsumexp(-1))
+        assert torch.equal(batch.top1, logits.argmax(-1))
+        top, ids = logits.topk(shape["top_k"])
+        assert torch.equal(batch.ids, ids)
+        # fp16 below the position's logsumexp: half a unit in the eleventh bit.
+        bound = (top - batch.lse[..., None]).abs() * 2**-11 + 1e-5
+        assert ((batch.logits - top).abs() <= bound).all()
+        assert batch.negatives.shape == (*tokens.shape, shape["random_negatives"])
+        if shape["random_negatives"]:
+            exact = logits.gather(-1, batch.negatives)
+            bound = (exact - batch.lse[..., None]).abs() * 2**-11 + 1e-5
+            assert ((batch.negative_logits - exact).abs() <= bound).all()
+        else:
+            assert batch.negative_logits is None
+        assert not (batch.negatives[..., :, None] == ids[..., None, :]).any()
+
+
+def test_size_on_disk_is_the_formula(tmp_path):
+    parts = {"train": random_tokens(8, 16, 500), "tune": random_tokens(4, 16, 500)}
+    names = write(tmp_path, TableModel(500), parts, top_k=20, random_negatives=30)
+    size = sum((tmp_path / name).stat().st_size for part in names.values() for name in part)
+    headers = 0
+    for name in (name for part in names.values() for name in part):
+        ends = [item["data_offsets"][1] for item in read_safetensors_header(tmp_path / name).values()]
+        headers += (tmp_path / name).stat().st_size - max(ends)
+    assert size - headers == 12 * 16 * position_bytes(500, 20, 30)
+    assert position_bytes(500, 20, 30) == 2 + 20 * 4 + 30 * 3 + 4
+
+
+@pytest.mark.parametrize(("vocabulary", "size"), [(65_535, 2), (65_536, 4)])
+def test_ids_take_two_bytes_below_65536(vocabulary, size):
+    assert id_bytes(vocabulary) == size
+
+
+def test_a_cached_teacher_gives_nearly_the_loss_of_an_exact_one(tmp_path):
+    model = TableModel(64)
+    tokens = random_tokens(8, 16, 64)
+    write(tmp_path, model, {"train": tokens, "tune": tokens[:0]}, top_k=16, random_negatives=48)
+    batch = TeacherCache(tmp_path).batch(np.arange(8))
+    teacher = model.table[batch.tokens]
+    student = teacher + 0.3 * torch.randn(teacher.shape, generator=torch.Generator().manual_seed(1))
+    p, q = teacher.double().log_softmax(-1), student.double().log_softmax(-1)
+    loss, _ = kd_loss(student, batch)
+    assert loss.item() == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=2e-3)
+    perfect, _ = kd_loss(teacher, batch)
+    assert perfect < 1e-5
+
+
+def test_rows_outside_are_refused(tmp_path):
+    tokens = random_tokens(3, 4, 20)
+    write(tmp_path, TableModel(20), {"train": tokens, "tune": tokens[:1]})
+    cache = TeacherCache(tmp_path)
+    with pytest.raises(IndexError, match=r"rows 0 \.\.\. 2"):
+        cache.batch([0, 3])
+    with pytest.raises(IndexError, match="'tune'"):
+        cache.batch([-1], "tune")
+
+
+def test_a_folder_that_is_no_cache_or_a_damaged_one_is_named(tmp_path):
+    with pytest.raises(StageError, match="no teacher cache"):
+        TeacherCache(tmp_path)
+    tokens = random_tokens(6, 4, 20)
+    names = write(tmp_path, TableModel(20), {"train": tokens, "tune": tokens[:1]})
+    shard = tmp_path / names["train"][1]
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-3])
+    with pytest.raises(StageError, match=r"train-00001\.safetensors is truncated"):
+        TeacherCache(tmp_path)
+    shard.unlink()
+    with pytest.raises(StageError, match=r"train-00001\.safetensors"):
+        TeacherCache(tmp_path)
+    shard.write_bytes(whole)
+    description = json.loads((tmp_path / "teacher.json").read_text())
+    description["parts"]["train"]["sequences"] = 9
+    (tmp_path / "teacher.json").write_text(json.dumps(description))
+    with pytest.raises(StageError, match=r"6 sequences in part 'train', teacher\.json says 9"):
+        TeacherCache(tmp_path)
+    (tmp_path / "teacher.json").write_text(json.dumps({**description, "format": 2}))
+    with pytest.raises(StageError, match="format 2"):
+        TeacherCache(tmp_path)
