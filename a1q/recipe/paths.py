@@ -87,7 +87,7 @@ def parse_path(root: Node, dotted: str) -> Path:
     if not all(parts):
         raise ValueError(f"{dotted!r} is not a path like model.source or stages.ID.steps", "")
     if parts[0] != "stages":
-        return tuple(_indices(root, parts))
+        return indexed(root, parts)
     if len(parts) == 1:
         raise ValueError("stages are changed one at a time", "write stages.ID.OPTION")
     ids = stage_ids(root)
@@ -98,7 +98,20 @@ def parse_path(root: Node, dotted: str) -> Path:
     keys = stage_keys(_stages(root)[index])
     if len(path) > 2 and path[2] not in BESIDE and len(keys) == 1:
         path.insert(2, keys[0])
-    return tuple(_indices(root, path))
+    return indexed(root, path)
+
+
+def indexed(root: Node, parts: Sequence[str | int]) -> Path:
+    """The same path with every part that points into a list read as a number."""
+    node: Node | None = root
+    path = list(parts)
+    for position, part in enumerate(path):
+        if node is None:
+            break
+        if isinstance(node.value, list) and isinstance(part, str) and part.isdecimal() and len(part) < 6:
+            path[position] = part = int(part)
+        node = child(node, part)
+    return tuple(path)
 
 
 def suggest(name: str, known: Iterable[str], noun: str = "known") -> str:
@@ -113,15 +126,3 @@ def suggest(name: str, known: Iterable[str], noun: str = "known") -> str:
 def _stages(root: Node) -> list[Node]:
     stages = root.entries.get("stages")
     return stages.value if stages is not None and isinstance(stages.value, list) else []
-
-
-def _indices(root: Node, parts: list[str | int]) -> list[str | int]:
-    """Read a part that points into a list as a number."""
-    node: Node | None = root
-    for position, part in enumerate(parts):
-        if node is None:
-            break
-        if isinstance(node.value, list) and isinstance(part, str) and part.isdecimal() and len(part) < 6:
-            parts[position] = part = int(part)
-        node = child(node, part)
-    return parts

@@ -62,14 +62,13 @@ class Recipe:
     stages: tuple[StageSpec, ...]
 
     def problem(self, path: paths.Path, message: str, hint: str = "") -> Problem:
-        """A problem at `path`, or at the nearest place that was written."""
-        return problem_at(self.root, path, message, hint)
+        """A problem at `path`, or at the nearest place that was written; for a stage's own path, at its stage key."""
+        return problem_at(self.root, path, message, hint, at_key=path[:1] == ("stages",) and len(path) == 3)
 
 
-def problem_at(
-    root: Node, path: paths.Path, message: str, hint: str = "", at_key: bool = False, file: str = ""
-) -> Problem:
-    """A `Problem` at the place of `path` in `root`, or of its nearest ancestor."""
+def problem_at(root: Node, path: paths.Path, message: str, hint: str = "", at_key: bool = False) -> Problem:
+    """A `Problem` at the value of `path` in `root`, or at its key; where nothing was written, at the key above."""
     node = paths.find(root, path)
+    at_key = at_key or paths.exact(root, path) is None
     place = (node.key_place if at_key else None) or node.place
     return Problem(message, place.file, place.line, place.column, paths.show(paths.stage_ids(root), path), hint)

@@ -162,7 +162,8 @@ class _Validation:
             findings = [item for item in findings if "`model:`" not in item.message]
         from_path = base if "from" in stage else (*base, key)
         for item in findings:
-            self.report((*(from_path if item.path == ("from",) else (*base, key)), *item.path), item.message, item.hint)
+            path = (*(from_path if item.path == ("from",) else (*base, key)), *item.path)
+            self.report(path, item.message, item.hint, at_key=not item.path)
         return StageSpec(
             index=index,
             id=self.ids[index],

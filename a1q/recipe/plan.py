@@ -1,0 +1,190 @@
+"""Recipe -> Plan: walk the stages over predicted views of the model, and find what does not fit before a run."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+from a1q.engine.artifact import Artifact
+from a1q.engine.plan import SOURCE, Plan, PlannedStage
+from a1q.engine.registry import Registry
+from a1q.engine.stage import DataEntry, PlanContext
+from a1q.errors import A1QError, MismatchError, Problem, RecipeError
+from a1q.models.view import ModelView
+from a1q.recipe.paths import Path, find, indexed
+from a1q.recipe.recipe import Recipe, StageSpec
+from a1q.recipe.runtime import resolve_runtime
+
+WRONG_RECIPE = 2
+"""Exit code that tells a wrong recipe from one that does not fit."""
+
+
+def make_plan(recipe: Recipe, registry: Registry, *, smoke: bool = False, trust_remote_code: bool = False) -> Plan:
+    """Resolve a recipe against its model and data, and let every stage check what it will meet.
+
+    Nothing is downloaded but the model's files, where the source is a Hub id that is not in the local cache.
+
+    Args:
+        recipe: a checked recipe.
+        registry: what it was checked against.
+        smoke: make every stage tiny, as its schema's `smoke` says.
+        trust_remote_code: allow models whose architecture is code in their own repository.
+
+    Raises:
+        RecipeError: if anything is wrong whatever the model; then also with everything that does not fit.
+        MismatchError: if something does not fit this model, exporter or machine.
+    """
+    return _Planner(recipe, registry, smoke, trust_remote_code).plan()
+
+
+class _Planner:
+    def __init__(self, recipe: Recipe, registry: Registry, smoke: bool, trust_remote_code: bool):
+        self.recipe = recipe
+        self.registry = registry
+        self.smoke = smoke
+        self.trust_remote_code = trust_remote_code
+        self.wrong: list[Problem] = []
+        self.unfit: list[Problem] = []
+        self.views: dict[str, Any] = {}
+        """Predicted view by stage id; a stage with problems has none, and what takes its result is not planned."""
+        self.read_model = functools.cache(self._read_model)
+
+    def plan(self) -> Plan:
+        recipe = self.recipe
+        data = {name: self.data_entry(name, config) for name, config in recipe.data.items()}
+        source = None
+        if recipe.model is not None:
+            found = self.model(recipe.model, ("model", "source"))
+            if found:
+                source, self.views[SOURCE] = found
+        planned = [item for spec in recipe.stages if (item := self.stage(spec, data)) is not None]
+        if self.wrong:
+            raise RecipeError(_ordered(self.wrong + self.unfit))
+        if self.unfit:
+            raise MismatchError(_ordered(self.unfit))
+        return Plan(
+            name=recipe.name,
+            seed=recipe.seed,
+            runtime=resolve_runtime(recipe.runtime),
+            source=source,
+            stages=tuple(planned),
+            recipe_file=recipe.file,
+            recipe_text=recipe.text,
+            resolved=recipe.document,
+            smoke=self.smoke,
+        )
+
+    def data_entry(self, name: str, config: Mapping[str, Any]) -> DataEntry:
+        """The entry with its identity, as far as that is known without reading much."""
+        from a1q.data import identify
+
+        try:
+            return DataEntry(name, config, identify(config))
+        except A1QError as error:
+            self.refuse(("data", name, "source"), error)
+            return DataEntry(name, config)
+
+    def model(self, written: Mapping[str, Any], path: Path) -> tuple[Artifact, ModelView] | None:
+        """A model source as an artifact and a view; None if it can't be had, which is then a problem at `path`."""
+        try:
+            return self.read_model(written["source"], written.get("revision"))
+        except A1QError as error:
+            self.refuse(path, error)
+            return None
+
+    def _read_model(self, source: str, revision: str | None) -> tuple[Artifact, ModelView]:
+        from a1q.models.source import resolve_source
+        from a1q.models.view import read_view
+
+        artifact = resolve_source(source, revision, trust_remote_code=self.trust_remote_code)
+        return artifact, read_view(artifact.path)
+
+    def refuse(self, path: Path, error: A1QError) -> None:
+        """Record an error of another part at its place in the recipe."""
+        problems = getattr(error, "problems", (Problem(str(error)),))
+        into = self.wrong if error.exit_code == WRONG_RECIPE else self.unfit
+        into += [self.recipe.problem(path, item.message, item.hint) for item in problems]
+
+    def stage(self, spec: StageSpec, data: Mapping[str, DataEntry]) -> PlannedStage | None:
+        """Plan one stage; None if it has problems or an input that had some."""
+        inputs: dict[str, str | Artifact | None] = {}
+        views: dict[str, Any] = {}
+        declared = self.registry.schema("stages", spec.type)["x-a1q"].get("inputs", {})
+        for name, reference in spec.inputs.items():
+            if isinstance(reference, Mapping):
+                found = self.model(reference, (*spec.path, *declared[name]["at"].split("."), "source"))
+                if found is None:
+                    return None
+                inputs[name], views[name] = found
+            else:
+                if reference is not None and reference not in self.views:
+                    return None
+                inputs[name] = reference
+                views[name] = None if reference is None else self.views[reference]
+        before = len(self.wrong) + len(self.unfit)
+        stage = self.registry.get("stages", spec.type)()
+        options = self.tiny(spec) if self.smoke else spec.options
+        context = PlanContext(
+            id=spec.id,
+            config=stage.make_config(options),
+            views=views,
+            groups=self.recipe.groups,
+            data=data,
+            report=functools.partial(self.report, spec),
+        )
+        try:
+            outcome = stage.plan(context)
+        except A1QError as error:
+            self.refuse(spec.path, error)
+        if len(self.wrong) + len(self.unfit) > before:
+            return None
+        self.views[spec.id] = outcome.view
+        uses = spec.uses | _schemes_in([*views.values(), outcome.view])
+        plugins = {("stages", spec.type), *uses}
+        return PlannedStage(
+            id=spec.id,
+            type=spec.type,
+            stage=stage,
+            config=context.config,
+            options=options,
+            inputs=inputs,
+            output=spec.output,
+            outcome=outcome,
+            data={name: data[name] for name in spec.data},
+            groups={name: self.recipe.groups[name] for name in sorted(context.used_groups)},
+            plugins={
+                f"{family}/{name}": digest
+                for family, name in sorted(plugins)
+                if (digest := self.registry.digest(family, name))
+            },
+            parts={f"{family}/{name}": self.registry.get(family, name).version for family, name in sorted(uses)},
+        )
+
+    def report(self, spec: StageSpec, dotted: str, message: str, hint: str, mismatch: bool) -> None:
+        """What `PlanContext` calls: record a problem at a dotted path inside a stage's options."""
+        path: Path = spec.path
+        if dotted:
+            beside = dotted == "from" and "from" in find(self.recipe.root, spec.path[:2]).entries
+            path = indexed(self.recipe.root, (*(spec.path[:2] if beside else spec.path), *dotted.split(".")))
+        (self.unfit if mismatch else self.wrong).append(self.recipe.problem(path, message, hint))
+
+    def tiny(self, spec: StageSpec) -> Mapping[str, Any]:
+        """The stage's options with what its schema, and those of the plug-ins it uses, replace in a smoke run."""
+        options = copy.deepcopy(dict(spec.options))
+        for family, name in (("stages", spec.type), *(use for use in spec.uses if use[0] == "exporters")):
+            for dotted, value in self.registry.schema(family, name).get("x-a1q", {}).get("smoke", {}).items():
+                *above, last = dotted.split(".")
+                functools.reduce(lambda node, part: node[part], above, options)[last] = copy.deepcopy(value)
+        return options
+
+
+def _schemes_in(views: list[Any]) -> set[tuple[str, str]]:
+    """The schemes of all modules in these views."""
+    models = [view for view in views if isinstance(view, ModelView)]
+    return {("schemes", item.scheme["scheme"]) for view in models for item in view.modules.values() if item.scheme}
+
+
+def _ordered(problems: list[Problem]) -> list[Problem]:
+    return sorted(problems, key=lambda item: (item.line, item.column))

@@ -1,0 +1,49 @@
+"""Decide what `auto` in `runtime:` means on this machine, without importing torch."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from a1q.engine.stage import Runtime
+
+
+def resolve_runtime(written: Mapping[str, Any]) -> Runtime:
+    """The runtime that a recipe's validated `runtime:` means here.
+
+    The device is told by cheap signs (the NVIDIA driver's device file, an Apple processor); when the run starts,
+    torch has the last word and refuses a device that is not there.
+    """
+    device = _device() if written["device"] == "auto" else written["device"]
+    amp = written["amp"]
+    if amp == "auto":
+        amp = "bf16" if device == "cuda" else "no"
+    threads = available_threads() if written["threads"] == "auto" else written["threads"]
+    return Runtime(device=device, amp=amp, params=written["params"], threads=threads)
+
+
+def available_threads() -> int:
+    """Processors that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _device() -> str:
+    if platform.system() == "Darwin" and platform.machine() == "arm64":
+        return "mps"
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1")
+    if Path("/dev/nvidia0").exists() and not hidden and not _torch_without_cuda():
+        return "cuda"
+    return "cpu"
+
+
+def _torch_without_cuda() -> bool:
+    try:
+        return "+cpu" in version("torch")
+    except PackageNotFoundError:
+        return True
