@@ -8,7 +8,8 @@ An event is one JSON object: `{"time": seconds since 1970, "event": KIND, ...}`.
 | stage_start | id, stage, key, because (dotted paths that changed since the last run in this folder) |
 | progress    | id, step, total, and the stage's figures                                            |
 | log         | id, message                                                                         |
-| stage_end   | id, stage, seconds, cache (`hit` or `miss`), metrics, key, digest, kind, artifact (folder), failed_gates, computed_seconds |
+| stage_end   | id, stage, seconds, computed_seconds, cache (`hit` or `miss`), metrics, key, digest,  |
+|             | kind, artifact (folder), failed_gates                                               |
 | run_end     | status (`done`, `failed`, `gate failed`, `interrupted`), error, seconds             |
 """
 

@@ -25,7 +25,7 @@ from a1q import __version__
 from a1q.engine.artifact import MANIFEST, sha256_file
 from a1q.engine.cachekey import package_versions
 from a1q.engine.events import plain
-from a1q.engine.files import copy_file, fsync_path, fsync_tree, home, remove_tree, write_atomic
+from a1q.engine.files import copy_file, disk_error, fsync_path, fsync_tree, home, remove_tree, write_atomic
 from a1q.engine.locks import Lock, holder, try_lock
 from a1q.engine.plan import Plan
 from a1q.engine.store import PROGRESS, RECORD
@@ -77,8 +77,8 @@ class RunFolder:
         """Whether the run that was here before didn't come to its end."""
         return self.previous.get("status") in UNFINISHED
 
-    def begin(self, plan: Plan) -> None:
-        """Write what this run was asked and what it runs on, and start to record."""
+    def begin(self, plan: Plan, **asked: Any) -> None:
+        """Write what this run was asked and what it runs on, and start to record; `asked` goes to the report."""
         import yaml
 
         self._plan = plan
@@ -91,6 +91,7 @@ class RunFolder:
             "status": "running",
             "smoke": plan.smoke,
             "recipe": plan.recipe_file,
+            **asked,
             "error": None,
             "stages": [],
             "exports": {},
@@ -99,7 +100,7 @@ class RunFolder:
         _register(self.path)
         path = self.path / "events.jsonl"
         torn = path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n")
-        self._events = open(path, "a", encoding="utf-8")
+        self._events = path.open("a", encoding="utf-8")
         self._events.write("\n" if torn else "")
 
     def progress_file(self, stage_id: str) -> Path:
@@ -108,7 +109,19 @@ class RunFolder:
 
     # -- listening -----------------------------------------------------------------------------------------
     def __call__(self, event: Mapping[str, Any]) -> None:
-        """Record one event."""
+        """Record one event.
+
+        Raises:
+            StageError: if the disk of the run folder is full.
+        """
+        try:
+            self._record(event)
+        except OSError as error:
+            if (full := disk_error(error, self.path)) is None:
+                raise
+            raise full from error
+
+    def _record(self, event: Mapping[str, Any]) -> None:
         kind = event["event"]
         if kind == "progress":
             self._record_progress(event)
@@ -118,6 +131,7 @@ class RunFolder:
         self._events.flush()
         if kind == "stage_start":
             self._report["running"] = event["id"]
+            self._write_report()
         elif kind == "stage_end":
             self._close_progress()
             self._end_stage(event)
@@ -135,8 +149,9 @@ class RunFolder:
             path = self.progress_file(event["id"])
             path.parent.mkdir(exist_ok=True)
             earlier = [line for line in read_lines(path) if line.get("step", 0) < event["step"]]
-            self._progress = open(path, "w", encoding="utf-8")  # a resumed stage repeats the steps after its checkpoint
-            self._progress.writelines(json.dumps(line) + "\n" for line in earlier)
+            # A resumed stage repeats the steps after its checkpoint: each step stays once.
+            write_atomic(path, "".join(json.dumps(line) + "\n" for line in earlier))
+            self._progress = path.open("a", encoding="utf-8")
         line = {name: value for name, value in event.items() if name not in ("event", "id")}
         self._progress.write(json.dumps(line) + "\n")
         self._progress.flush()
@@ -166,6 +181,9 @@ class RunFolder:
     def _write(self) -> None:
         assert self._plan is not None
         write_atomic(self.path / "lock.json", json.dumps(self._lock_file(self._plan), indent=1, ensure_ascii=False))
+        self._write_report()
+
+    def _write_report(self) -> None:
         write_atomic(self.path / REPORT, json.dumps(self._report, indent=1, ensure_ascii=False))
 
     def _lock_file(self, plan: Plan) -> dict[str, Any]:

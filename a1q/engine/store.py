@@ -7,6 +7,7 @@ a kill, `locks/KEY` who computes (exclusive) or uses (shared) the key. Whoever h
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
@@ -78,7 +79,7 @@ class Store:
         """The lock file of `key`."""
         return self.root / "locks" / key
 
-    def keys(self) -> Iterator[str]:
+    def published(self) -> Iterator[str]:
         """All published keys, sorted."""
         for folder in sorted((self.root / "store").glob("??/*")):
             if _KEY.fullmatch(folder.name):
@@ -229,10 +230,8 @@ def read_entry(folder: Path) -> Entry | None:
             )
         if sha256_file(path) != fact["sha256"]:
             raise DamagedError(f"artifact {folder} is damaged: the content of {name} differs from its digest")
-    try:
+    with contextlib.suppress(OSError):  # a store that can't be written can still be read
         os.utime(folder)  # when it was last used, for `a1q store gc --older-than`
-    except OSError:
-        pass  # a store that can't be written can still be read
     return Entry(folder.name, Artifact(kind, folder, digest, meta), record)
 
 

@@ -7,7 +7,7 @@ import signal
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from a1q.engine.events import Events
 from a1q.engine.interpreter import Interpreter
@@ -21,7 +21,7 @@ from a1q.engine.store import Store
 class Add(Stage):
     """Writes the sum of its inputs' numbers and of its option `add`; counts how often it ran."""
 
-    ran: list[str] = []
+    ran: ClassVar[list[str]] = []
 
     def plan(self, ctx: Any) -> Outcome:
         return Outcome()

@@ -1,0 +1,90 @@
+"""`a1q run`: execute a recipe."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+from a1q.cli.common import read_recipe, recipe_options
+from a1q.errors import A1QError, ProblemsError
+
+EPILOG = """\b
+Examples:
+  a1q run recipes/q4_to_q2.yaml
+  a1q run recipes/q4_to_q2.yaml --smoke
+  a1q run recipes/q4_to_q2.yaml --set model.source=Qwen/Qwen3-0.6B -o runs/qwen
+  a1q run recipes/q4_to_q2.yaml --only ane
+
+The same command resumes a run that was interrupted, killed or ran out of disk.
+"""
+
+
+@click.command(epilog=EPILOG)
+@recipe_options
+@click.option("-o", "--output", type=click.Path(path_type=Path), metavar="DIR", help="Run folder [runs/NAME].")
+@click.option("--from", "start", metavar="ID", help="Start at this stage; earlier ones only where they are needed.")
+@click.option("--until", metavar="ID", help="Stop after this stage.")
+@click.option("--only", multiple=True, metavar="ID", help="Run this stage and what it needs. Repeatable.")
+@click.option("--force", is_flag=True, help="Run the stages asked for again, even if the store has their results.")
+@click.option("--no-cache", is_flag=True, help="Run everything in a store of its own inside the run folder.")
+@click.option("--smoke", is_flag=True, help="One tiny step of every stage, exports included; gates are not judged.")
+@click.option("--json", "as_json", is_flag=True, help="Print events for programs, one JSON object a line.")
+@click.option("--trust-remote-code", is_flag=True, help="Let a Hub model bring code that is executed.")
+def command(
+    recipe: str,
+    sets: tuple[str, ...],
+    unsets: tuple[str, ...],
+    plugins: tuple[Path, ...],
+    output: Path | None,
+    smoke: bool,
+    as_json: bool,
+    trust_remote_code: bool,
+    **asked: Any,
+) -> None:
+    """Run RECIPE: a file, or the name of a shipped recipe. Results that are in the store are not computed again."""
+    from a1q.engine.run import RunOptions, run_plan
+    from a1q.recipe.plan import make_plan
+    from a1q.report.progress import JsonLines, Lines
+
+    options = RunOptions(**asked)
+    with _error_line(as_json):
+        loaded, registry = read_recipe(recipe, sets, unsets, plugins)
+        plan = make_plan(loaded, registry, smoke=smoke, trust_remote_code=trust_remote_code)
+        folder = output or Path("runs") / (f"{plan.name}-smoke" if smoke else plan.name)
+        listener = JsonLines(sys.stdout) if as_json else Lines(sys.stdout, live=sys.stdout.isatty())
+        with _closing_table(None if as_json else folder):
+            run_plan(plan, folder, options, [listener], lambda text: click.echo(f"\na1q: {text}", err=True))
+
+
+@contextlib.contextmanager
+def _error_line(enabled: bool) -> Iterator[None]:
+    """With `enabled`, a user's error is also one JSON line, the last, with the exit code."""
+    try:
+        yield
+    except A1QError as error:
+        if enabled:
+            problems = [vars(item) for item in error.problems] if isinstance(error, ProblemsError) else []
+            line = {"event": "error", "exit_code": error.exit_code, "error": str(error), "problems": problems}
+            click.echo(json.dumps(line, ensure_ascii=False))
+        raise
+
+
+@contextlib.contextmanager
+def _closing_table(folder: Path | None) -> Iterator[None]:
+    """Print the summary of the run folder when the run has ended, well or not."""
+    from a1q.engine.rundir import read_report
+    from a1q.report.summary import summary
+
+    old = read_report(folder) if folder else None
+    try:
+        yield
+    finally:
+        report = read_report(folder) if folder else None
+        if folder and report and report != old:
+            click.echo(f"\n{summary(report, folder)}")

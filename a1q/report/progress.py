@@ -1,0 +1,115 @@
+"""What a run says while it runs: a live line on a terminal, plain lines elsewhere, JSON lines for programs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from typing import IO, Any
+
+from a1q.report.table import duration, figure
+
+LINE_SECONDS = 10.0
+"""Plain progress lines come at most this often."""
+LIVE_SECONDS = 0.1
+_NO_FIGURES = {"time", "event", "id", "step", "total", "tokens_per_second", "tokens"}
+
+
+class JsonLines:
+    """Every event as one JSON object a line."""
+
+    def __init__(self, stream: IO[str]):
+        self.stream = stream
+
+    def __call__(self, event: Mapping[str, Any]) -> None:
+        """Print one event."""
+        self.stream.write(json.dumps(event, ensure_ascii=False) + "\n")
+        self.stream.flush()
+
+
+class Lines:
+    """Lines for people and logs. With `live`, progress redraws one line of a terminal instead of adding lines."""
+
+    def __init__(self, stream: IO[str], live: bool = False):
+        self.stream = stream
+        self.live = live
+        self._stages: list[str] = []
+        self._types: dict[str, str] = {}
+        self._first: tuple[float, int] | None = None
+        self._last = 0.0
+        utf8 = (getattr(stream, "encoding", None) or "").lower().replace("-", "") == "utf8"
+        self._marks = {"hit": "=", "miss": "✓" if utf8 else "+", "run": "▸" if utf8 else ">"}
+
+    def __call__(self, event: Mapping[str, Any]) -> None:
+        """Tell one event."""
+        handler = getattr(self, f"_{event['event']}", None)
+        if handler is not None:
+            handler(event)
+
+    def _run_start(self, event: Mapping[str, Any]) -> None:
+        self._stages = [item["id"] for item in event["stages"]]
+        self._types = {item["id"]: item["stage"] for item in event["stages"]}
+        smoke = ", smoke run" if event["smoke"] else ""
+        self._line(f"{event['name']}: {len(self._stages)} stages in {event['run']}{smoke}")
+        self._line(f"  {', '.join(self._stages)}")
+
+    def _stage_start(self, event: Mapping[str, Any]) -> None:
+        self._first, self._last = None, 0.0
+        self._draw(f"{self._place(event['id'])} running")
+
+    def _progress(self, event: Mapping[str, Any]) -> None:
+        now, step, total = event["time"], event["step"], event["total"]
+        if self._first is None:
+            self._first = (now, step)
+            self._last = self._last or (0.0 if self.live else now)
+        if now - self._last < (LIVE_SECONDS if self.live else LINE_SECONDS):
+            return
+        self._last = now
+        text = [f"step {step}/{total}"]
+        text += [f"{name} {figure(value)}" for name, value in event.items() if name not in _NO_FIGURES]
+        if event.get("tokens_per_second"):
+            text.append(f"{event['tokens_per_second']:,.0f} tokens/s")
+        since, first = self._first
+        if step > first and now > since:
+            text.append(f"{duration((total - step) * (now - since) / (step - first))} left")
+        self._draw(f"{self._place(event['id'])} {', '.join(text)}")
+
+    def _log(self, event: Mapping[str, Any]) -> None:
+        self._line(f"    {event['id']}: {event['message']}")
+
+    def _stage_end(self, event: Mapping[str, Any]) -> None:
+        metrics = ", ".join(f"{name} {figure(item)}" for name, item in event["metrics"].items() if _is_figure(item))
+        cached = " from the store" if event["cache"] == "hit" else ""
+        text = f"{self._place(event['id'], event['cache'])} {duration(event['seconds'])}{cached}"
+        self._line(f"{text}  {metrics}".rstrip())
+
+    def _run_end(self, event: Mapping[str, Any]) -> None:
+        if self.live:
+            self._clear()
+
+    def _place(self, stage_id: str, mark: str = "run") -> str:
+        wide = max((len(name) for name in self._stages), default=0)
+        number = self._stages.index(stage_id) + 1
+        of = len(self._stages)
+        return f"{self._marks[mark]} [{number:>{len(str(of))}}/{of}] {stage_id:<{wide}} {self._types[stage_id]:<12}"
+
+    def _line(self, text: str) -> None:
+        self._clear()
+        self.stream.write(text + "\n")
+        self.stream.flush()
+
+    def _draw(self, text: str) -> None:
+        if not self.live:
+            self._line(text)
+            return
+        width = shutil.get_terminal_size().columns - 1
+        self.stream.write(f"\r\x1b[K{text[:width]}")
+        self.stream.flush()
+
+    def _clear(self) -> None:
+        if self.live:
+            self.stream.write("\r\x1b[K")
+
+
+def _is_figure(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,0 +1,113 @@
+"""The run folder: what it holds after a run, and whom it lets in."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from a1q.engine.rundir import RunFolder, export, known_runs, read_lines
+from a1q.errors import A1QError, UsageError
+from tests.engine.fakes import Counting, chain, execute, plan_of, stage
+
+
+@pytest.fixture(autouse=True)
+def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("A1Q_HOME", str(tmp_path / "home"))
+
+
+def test_every_file_of_the_run_folder(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    execute(plan_of(chain(1, 2)), tmp_path / "home", run)
+    assert (run / "recipe.yaml").read_text() == "a1q: 1\n"
+    assert (run / "resolved.yaml").read_text() == "a1q: 1\n"
+    lock = json.loads((run / "lock.json").read_text())
+    assert lock["packages"]["numpy"] and lock["python"] and lock["processor"] and lock["runtime"]["threads"] == 1
+    assert set(lock["keys"]) == {"s1", "s2"}
+    kinds = [line["event"] for line in read_lines(run / "events.jsonl")]
+    assert kinds == ["stage_start", "stage_end"] * 2
+    steps = [line["step"] for line in read_lines(run / "metrics" / "s1.jsonl")]
+    assert steps == [1, 2, 3]
+    report = json.loads((run / "report.json").read_text())
+    assert report["exports"] == {"s2": "export/s2"}
+    assert [(item["id"], item["stage"], item["cache"]) for item in report["stages"]] == [
+        ("s1", "add", "miss"),
+        ("s2", "add", "miss"),
+    ]
+    assert known_runs() == [run]
+
+
+def test_a_hit_brings_its_learning_curve_into_a_new_run_folder(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        execute(plan_of(chain(1, 2)), tmp_path / "home", tmp_path / name)
+    curves = [(tmp_path / name / "metrics" / "s2.jsonl").read_text() for name in ("one", "two")]
+    assert curves[0] == curves[1] != ""
+
+
+def test_exports_are_copies_and_are_mended(tmp_path: Path) -> None:
+    plan, run = plan_of(chain(1, 2)), tmp_path / "run"
+    events = execute(plan, tmp_path / "home", run)
+    exported = run / "export" / "s2" / "number.txt"
+    stored = Path(events[-1]["artifact"]) / "number.txt"
+    assert os.listdir(run / "export" / "s2") == ["number.txt"]
+    assert exported.stat().st_ino != stored.stat().st_ino and stored.stat().st_nlink == 1
+    exported.write_text("spoilt by hand")
+    assert stored.read_text() == "3"
+    execute(plan, tmp_path / "home", run)
+    assert exported.read_text() == "3"
+
+
+def test_an_export_that_is_right_is_left_alone(tmp_path: Path) -> None:
+    plan, run = plan_of(chain(1, 2)), tmp_path / "run"
+    events = execute(plan, tmp_path / "home", run)
+    before = (run / "export" / "s2" / "number.txt").stat().st_ino
+    export(Path(events[-1]["artifact"]), run / "export" / "s2")
+    assert (run / "export" / "s2" / "number.txt").stat().st_ino == before
+
+
+def test_a_second_run_in_the_folder_is_refused_with_the_first_ones_pid(tmp_path: Path) -> None:
+    with (
+        RunFolder(tmp_path / "run"),
+        pytest.raises(A1QError, match=f"process {os.getpid()} is running in .*run; one run at a time") as caught,
+    ):
+        RunFolder(tmp_path / "run")
+    assert caught.value.exit_code == 1
+
+
+def test_a_folder_with_other_things_in_it_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("my thesis")
+    with pytest.raises(UsageError, match="neither empty nor the folder of a run"):
+        RunFolder(tmp_path)
+    assert os.listdir(tmp_path) == ["thesis.txt"]
+    with pytest.raises(UsageError, match="is a file"):
+        RunFolder(tmp_path / "thesis.txt")
+
+
+def test_lines_torn_by_a_kill_are_passed_over(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    execute(plan_of(chain(1)), tmp_path / "home", run)
+    with open(run / "events.jsonl", "a") as handle:
+        handle.write('{"event": "stage_st')
+    execute(plan_of(chain(1)), tmp_path / "home", run)
+    assert [line["event"] for line in read_lines(run / "events.jsonl")] == ["stage_start", "stage_end"] * 2
+
+
+def test_progress_of_a_resumed_stage_has_every_step_once(tmp_path: Path) -> None:
+    counting = plan_of((stage("s1", {"steps": 6}, cls=Counting),))
+    path = tmp_path / "run" / "metrics" / "s1.jsonl"
+    path.parent.mkdir(parents=True)
+    (tmp_path / "run" / ".lock").touch()
+    path.write_text("".join(json.dumps({"step": step, "old": True}) + "\n" for step in range(1, 6)) + '{"st')
+
+    from a1q.engine.cachekey import key_of, key_parts
+
+    key = key_of(key_parts(counting, counting.stages[0], {}, {}))
+    scratch = tmp_path / "home" / "work" / key
+    scratch.mkdir(parents=True)
+    (scratch / "step.txt").write_text("3")
+    execute(counting, tmp_path / "home", tmp_path / "run")
+    lines = list(read_lines(path))
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert ["old" in line for line in lines] == [True] * 3 + [False] * 3
