@@ -36,6 +36,8 @@ class PlannedStage:
     """The data entries this stage reads, by entry name."""
     groups: Mapping[str, Group] = field(default_factory=dict)
     """The groups this stage uses."""
+    modules: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Names of the modules that each of these groups matches."""
     plugins: Mapping[str, str] = field(default_factory=dict)
     """Digest of every plug-in file this stage comes from or uses."""
     parts: Mapping[str, int] = field(default_factory=dict)

@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from a1q.engine.artifact import Artifact
+from a1q.engine.matching import matching
 from a1q.engine.plan import SOURCE, Plan, PlannedStage
 from a1q.engine.registry import Registry
-from a1q.engine.stage import DataEntry, PlanContext
+from a1q.engine.stage import DataEntry, Group, PlanContext
 from a1q.errors import A1QError, MismatchError, Problem, RecipeError
 from a1q.models.view import ModelView
 from a1q.recipe.paths import Path, find, indexed
@@ -141,6 +142,7 @@ class _Planner:
         if len(self.wrong) + len(self.unfit) > before:
             return None
         self.views[spec.id] = outcome.view
+        groups = {name: self.recipe.groups[name] for name in sorted(context.used_groups)}
         uses = spec.uses | _schemes_in([*views.values(), outcome.view])
         plugins = {("stages", spec.type), *uses}
         return PlannedStage(
@@ -153,7 +155,8 @@ class _Planner:
             output=spec.output,
             outcome=outcome,
             data={name: data[name] for name in spec.data},
-            groups={name: self.recipe.groups[name] for name in sorted(context.used_groups)},
+            groups=groups,
+            modules={name: _modules(group, views) for name, group in groups.items()},
             plugins={
                 f"{family}/{name}": digest
                 for family, name in sorted(plugins)
@@ -178,6 +181,12 @@ class _Planner:
                 *above, last = dotted.split(".")
                 functools.reduce(lambda node, part: node[part], above, options)[last] = copy.deepcopy(value)
         return options
+
+
+def _modules(group: Group, views: Mapping[str, Any]) -> tuple[str, ...]:
+    """Modules of the stage's model that a group matches."""
+    model = next((view for view in views.values() if isinstance(view, ModelView)), None)
+    return () if model is None else tuple(matching(group, model))
 
 
 def _schemes_in(views: list[Any]) -> set[tuple[str, str]]:

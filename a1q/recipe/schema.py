@@ -84,7 +84,7 @@ class Checker:
         if not isinstance(schema, Mapping):
             return value
         if "$ref" in schema:
-            value = self._fill(root, _resolve(root, schema["$ref"]), value, uses)
+            value = self._fill(root, resolve_reference(root, schema["$ref"]), value, uses)
         branches = schema.get("anyOf") or schema.get("oneOf") or ()
         for branch in branches:
             if self._class(root).evolve(schema=branch).is_valid(value):
@@ -179,6 +179,19 @@ def expected(schema: Any) -> str:
         return f"a mapping with `{PLUGIN_KEYS[schema['x-plugin']]}`"
     types = schema.get("type", "object")
     return " or ".join(_TYPES[name] for name in ([types] if isinstance(types, str) else types))
+
+
+def bounds(schema: Mapping[str, Any]) -> list[str]:
+    """The limits that a schema sets, in a user's words."""
+    return [f"{words} {schema[key]}" for key, words in _BOUNDS.items() if key in schema]
+
+
+def resolve_reference(root: Mapping[str, Any], reference: str) -> Any:
+    """The subschema at a `#/...` reference."""
+    node: Any = root
+    for part in reference.removeprefix("#/").split("/"):
+        node = node[part]
+    return node
 
 
 class _Hint(Exception):
@@ -301,14 +314,6 @@ def _additional_properties(
 def _unknown_key(key: str, known: Iterable[str]) -> ValidationError:
     hint = suggest(key, known, "keys here") or "no keys are known here"
     return ValidationError(f"unknown key {key!r}", validator="unknown-key", path=[key], cause=_Hint(hint))
-
-
-def _resolve(root: Mapping[str, Any], reference: str) -> Any:
-    """The subschema at a `#/...` reference."""
-    node: Any = root
-    for part in reference.removeprefix("#/").split("/"):
-        node = node[part]
-    return node
 
 
 def _without_defaults(schema: Mapping[str, Any]) -> dict[str, Any]:
