@@ -159,15 +159,20 @@ class QuantLinear(nn.Linear):
     def refit(self, spec: Mapping[str, Any], target: Tensor, statistics: Tensor | None = None, seed: int = 0) -> None:
         """Fit a scheme, this one or another, to `target` [out, in]; a latent moves to `target`."""
         target = target.detach().float()
+        self.set_scheme(spec, _fit(make_scheme(spec), target, statistics, seed), target)
+
+    def set_scheme(self, spec: Mapping[str, Any], parts: Mapping[str, Tensor], latent: Tensor) -> None:
+        """Put a scheme, this one or another, and its parts in place; a latent, where kept, becomes `latent`."""
         self.spec = complete(spec)
         self.scheme = make_scheme(self.spec)
-        self.replace_parts(_fit(self.scheme, target, statistics, seed), target)
+        self.replace_parts(parts, latent)
 
     def replace_parts(self, parts: Mapping[str, Tensor], latent: Tensor | None = None) -> None:
-        """Put other parts of the present scheme in place; where a latent is kept it becomes `latent`."""
+        """Put other parts of the present scheme in place; a latent, where kept, becomes `latent` or else the grid."""
         self.indices = parts["indices"].to(self.indices.device)
         self._set_parts(parts, QUANTIZED)
         if self.latent is not None:
+            self.latent = None
             self.start_latent(latent)
 
     def snap(self) -> None:

@@ -24,7 +24,8 @@ class Scheme(ABC):
     schema: ClassVar[Mapping[str, Any] | None] = None
     """Inline schema, for plug-ins outside this package only."""
     trainable: Mapping[str, tuple[str, ...]]
-    """Of the class or of the instance: set name (`scales`, `magnitudes`, `lut`) -> the parts it trains. `weights` is always the latent weight."""
+    """Set name (`scales`, `magnitudes`, `lut`) -> the parts it trains; set by `__init__`, as it may hang on the config.
+    `weights` is always the latent weight."""
 
     def __init__(self, config: Any):
         self.config = config

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from a1q.quant.scheme import Scheme, Shape
 
@@ -29,7 +29,10 @@ class Lut(Scheme):
     """k-means palettization, the form that Core ML calls palettized weights."""
 
     Config = LutConfig
-    trainable: ClassVar[Mapping[str, tuple[str, ...]]] = {"lut": ("lut",)}
+
+    def __init__(self, config: LutConfig):
+        super().__init__(config)
+        self.trainable = {"lut": ("lut",)}
 
     def tables(self, shape: Shape) -> int:
         """Number of tables for a weight [out, in]."""

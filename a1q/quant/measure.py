@@ -1,0 +1,39 @@
+"""What the quantizing stages report of their own work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from a1q.quant.bits import bpw, bpw_model
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def relative_error(weight: Tensor, approximation: Tensor, statistics: Tensor | None) -> tuple[float, float]:
+    """(Σ h (W - Ŵ)², Σ h W²) in float64; h = E[x²] [in], or ones."""
+    weight, approximation = weight.cpu().double(), approximation.cpu().double()
+    wrong, whole = (weight - approximation).square(), weight.square()
+    if statistics is not None:
+        wrong, whole = wrong * statistics.cpu().double(), whole * statistics.cpu().double()
+    return float(wrong.sum()), float(whole.sum())
+
+
+def error_by_group(items: Iterable[tuple[str, float, float]]) -> dict[str, float]:
+    """Group -> Σ of the errors / Σ of the wholes, from (group, error, whole) of every module."""
+    sums: dict[str, list[float]] = {}
+    for group, wrong, whole in items:
+        total = sums.setdefault(group, [0.0, 0.0])
+        total[0] += wrong
+        total[1] += whole
+    return {group: wrong / whole if whole else 0.0 for group, (wrong, whole) in sums.items()}
+
+
+def report_bits(folder: Path) -> dict[str, float]:
+    """`bpw` and `bpw_model` of the model in `folder`."""
+    from a1q.models.view import read_view
+
+    view = read_view(folder)
+    return {"bpw": bpw(view), "bpw_model": bpw_model(view)}

@@ -1,0 +1,168 @@
+"""`convert`: quantized linears get other bits, ranks or another scheme, fitted anew."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from a1q.engine.matching import resolve_rules, summarize
+from a1q.engine.stage import Outcome, PlanContext, Stage, StageContext
+from a1q.models.view import DENSE, QUANTIZED, ModelView, ModuleView
+from a1q.quant.bits import disk_bytes
+from a1q.quant.planning import fit_memory, notes, planned_modules
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from a1q.quant.linear import QuantLinear
+
+PUBLISHED = "lut_lowrank"
+"""The scheme that `method: published` is for."""
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """Options of `convert`."""
+
+    rules: Mapping[str, Mapping[str, Any]]
+    target: str
+    method: str
+    statistics: str | None
+    teacher: str | None
+    kl_sequences: int
+
+
+class ConvertStage(Stage):
+    """Fit new parts to the latent or the quantized weights of every module named."""
+
+    Config = ConvertConfig
+
+    def plan(self, ctx: PlanContext) -> Outcome:
+        """Resolve the rules; dense and snapped modules are problems, and so is what a scheme can't take."""
+        view: ModelView = ctx.views["model"]
+        owners = resolve_rules(ctx, ctx.config.rules, "rules", view)
+        changed = _planned(ctx, view, owners)
+        result = view.replace(changed)
+        lines = notes(result, changed, owners) if changed else ()
+        without = [name for name in changed if not view.modules[name].latent]
+        if ctx.config.target == "latent" and without:
+            lines = (*lines, f"{len(without)} modules have no latent: their quantized weights are fitted")
+        return Outcome(
+            view=result,
+            disk_bytes=disk_bytes(result),
+            memory_bytes=fit_memory(result, changed) + 4 * view.parameters * bool(ctx.config.kl_sequences),
+            notes=lines,
+        )
+
+    def run(self, ctx: StageContext) -> None:
+        """Fit module by module, measure before and after, write the model."""
+        from a1q.models.checkpoint import load_model, save_model
+        from a1q.models.view import read_view
+        from a1q.quant.linear import quantized_modules
+        from a1q.quant.measure import error_by_group, relative_error, report_bits
+        from a1q.quant.statistics import read_statistics
+        from a1q.training.device import prepare_torch
+
+        source = ctx.inputs["model"]
+        assert source is not None
+        device = prepare_torch(ctx.runtime, ctx.seed)
+        view = read_view(source.path)
+        plan = PlanContext(ctx.id, ctx.config, {"model": view}, ctx.groups, ctx.data, lambda *_: None)
+        owners = resolve_rules(plan, ctx.config.rules, "rules", view)
+        changed = _planned(plan, view, owners)
+        statistics = read_statistics(ctx.inputs["statistics"], changed)
+        model = load_model(source.path, device=device)
+        modules = dict(quantized_modules(model))
+        measure = _kl_meter(ctx, device)
+        if measure is not None:
+            ctx.metrics["kl_before"] = measure(model)
+        before, after = [], []
+        for step, (name, planned) in enumerate(changed.items(), 1):
+            module, h = modules[name], statistics.get(name)
+            target = _target(module, ctx.config.target)
+            before.append((owners[name], *relative_error(target, module.dequantize() + module.adapter_delta(), h)))
+            assert planned.scheme is not None
+            module.drop_adapter()
+            if ctx.config.method == "published":
+                _refit_published(module, planned.scheme, target, ctx.seed)
+            else:
+                module.refit(planned.scheme, target, h, ctx.seed)
+            after.append((owners[name], *relative_error(target, module.dequantize(), h)))
+            ctx.progress(step, len(changed))
+        if measure is not None:
+            ctx.metrics["kl_after"] = measure(model)
+        save_model(model, ctx.out, tokenizer_from=source.path)
+        ctx.metrics.update(
+            modules=len(changed),
+            error_before=error_by_group(before),
+            error_after=error_by_group(after),
+            **report_bits(ctx.out),
+        )
+
+
+def _planned(ctx: PlanContext, view: ModelView, owners: Mapping[str, str]) -> dict[str, ModuleView]:
+    """The modules that will be converted, as they will be, in model order; problems go to `ctx`."""
+    changed: dict[str, ModuleView] = {}
+    for group in dict.fromkeys(owners.values()):
+        path, rule = f"rules.{group}", ctx.config.rules[group]
+        modules = [view.modules[name] for name, owner in owners.items() if owner == group]
+        wrong = [module for module in modules if module.state != QUANTIZED]
+        if wrong:
+            state, names = wrong[0].state, ", ".join(summarize(module.name for module in wrong))
+            remedy = "`quantize` them first" if state == DENSE else "put `convert` before `snap`"
+            ctx.recipe_problem(path, f"{len(wrong)} modules are {state}, not quantized: {names}", remedy)
+            continue
+        wanted = [(module, _merged(module.scheme or {}, rule), module.latent) for module in modules]
+        if ctx.config.method == "published" and not all(_publishable(old.scheme or {}, new) for old, new, _ in wanted):
+            message = f"`method: published` takes {PUBLISHED} to the same or fewer bits and the same or more ranks"
+            ctx.recipe_problem(path, message, "use `method: refit`")
+            continue
+        changed |= planned_modules(ctx, path, wanted)
+    return {name: changed[name] for name in view.modules if name in changed}
+
+
+def _merged(old: Mapping[str, Any], rule: Mapping[str, Any]) -> dict[str, Any]:
+    """The new scheme: options of the old one that the rule does not name stay; another scheme inherits its bits."""
+    if rule.get("scheme", old["scheme"]) != old["scheme"]:
+        return {"bits": old["bits"], **rule}
+    return {**old, **rule}
+
+
+def _publishable(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    both = old["scheme"] == new["scheme"] == PUBLISHED
+    return both and new["bits"] <= old["bits"] and new["rank"] >= old["rank"]
+
+
+def _target(module: QuantLinear, wanted: str) -> Tensor:
+    """What is fitted, [out, in]: the latent where wanted and there, else the quantized weight; plus the adapter."""
+    base = module.latent.detach() if wanted == "latent" and module.latent is not None else module.dequantize()
+    return base + module.adapter_delta()
+
+
+def _refit_published(module: QuantLinear, spec: Mapping[str, Any], target: Tensor, seed: int) -> None:
+    from a1q.quant.build import make_scheme
+    from a1q.quant.published import convert_published
+
+    parts = convert_published(module.parts(), spec["bits"], spec["rank"], seed)
+    indices = make_scheme(spec).assign(parts, target)
+    module.set_scheme(spec, {"indices": indices, **parts}, target)
+
+
+def _kl_meter(ctx: StageContext, device: Any) -> Any:
+    """A function model -> KL to the teacher on the cache's held-out part, or None where there is none to measure."""
+    import numpy
+
+    from a1q.distill.cache import TeacherCache
+    from a1q.distill.evaluate import evaluate_model
+    from a1q.distill.teacher_model import find_teacher
+    from a1q.models.checkpoint import load_model
+
+    cache_artifact = ctx.inputs["teacher"]
+    if cache_artifact is None or ctx.config.kl_sequences == 0:
+        return None
+    cache = TeacherCache(cache_artifact.path)
+    count = min(ctx.config.kl_sequences, cache.size("tune"))
+    tokens = cache.batch(numpy.arange(count), "tune").tokens.numpy()
+    teacher = load_model(find_teacher(cache_artifact), device=device)
+    return lambda model: evaluate_model(model, teacher, tokens, device=device)["kl"]
