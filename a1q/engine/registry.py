@@ -191,8 +191,9 @@ def _load_file(registry: Registry, path: Path) -> None:
         raise UsageError(f"--plugin {path}: {type(error).__name__}: {error}") from error
     count = 0
     for kind in FAMILIES.values():
-        for item in list(vars(module).values()):
-            if inspect.isclass(item) and issubclass(item, kind.base) and item.__module__ == module_name:
+        for label, item in list(vars(module).items()):
+            own = inspect.isclass(item) and issubclass(item, kind.base) and item.__module__ == module_name
+            if own and not label.startswith("_"):
                 registry.add(kind.name, plugin_name(item), item, digest)
                 count += 1
     if not count:
