@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,9 @@ def attach_adapters(model: nn.Module, names: Iterable[str], rank: int, alpha: fl
     """
     from peft import get_peft_model
 
-    return get_peft_model(model, _lora_config(dict.fromkeys(names, (rank, alpha)), dropout))
+    with warnings.catch_warnings():  # PEFT reads an attribute that transformers has renamed
+        warnings.simplefilter("ignore", FutureWarning)
+        return get_peft_model(model, _lora_config(dict.fromkeys(names, (rank, alpha)), dropout))
 
 
 def adapter_tensors(peft_model: Any) -> dict[str, tuple[Tensor, Tensor]]:

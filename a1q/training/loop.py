@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from a1q.engine.stage import StageContext
-from a1q.errors import StageError
+from a1q.errors import Interrupted, StageError
 from a1q.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from a1q.training.device import grad_scaler, machine_identity
 from a1q.training.schedule import learning_rate_factor
@@ -173,7 +173,7 @@ class _Loop:
         self.best: dict[str, Tensor] = {}
         self.train_seconds = self.tokens = 0.0
         self.saved_at = time.monotonic()
-        self.saved_any = False
+        self.saved_step: int | None = None
 
     def run(self) -> LoopResult:
         began = time.monotonic()
@@ -185,7 +185,12 @@ class _Loop:
             if self.at.step % self.spec.evaluate_every == 0 or self.at.step == self.spec.steps:
                 self._evaluate()
             self._checkpoint_if_due()
-            self._report()
+            try:
+                self._report()
+            except Interrupted:
+                if self.saved_step != self.at.step:
+                    self._checkpoint()
+                raise
         kept = self._keep()
         at = self.at
         return LoopResult(
@@ -304,18 +309,19 @@ class _Loop:
         due = (
             time.monotonic() - self.saved_at >= spec.checkpoint_seconds
             or (spec.checkpoint_steps is not None and step % spec.checkpoint_steps == 0)
-            or (step == spec.steps and self.saved_any)
-            or self.ctx.should_stop() != 0
+            or (step == spec.steps and self.saved_step is not None)
         )
-        if not due:
-            return
+        if due:
+            self._checkpoint()
+
+    def _checkpoint(self) -> None:
         self.at.scaler = self.scaler.state_dict()
         tensors = {f"parameter.{name}": tensor for name, tensor in self.state.items()}
         tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
         for name, parameter in zip(self.names, self.parameters, strict=True):
             tensors |= {f"{key}.{name}": value for key, value in self.optimizer.state[parameter].items()}
-        save_checkpoint(self.folder, step, tensors, vars(self.at), self.identity)
-        self.saved_at, self.saved_any = time.monotonic(), True
+        save_checkpoint(self.folder, self.at.step, tensors, vars(self.at), self.identity)
+        self.saved_at, self.saved_step = time.monotonic(), self.at.step
 
     def _resume(self) -> int | None:
         found = load_checkpoint(self.folder, self.identity, self.ctx.log)
@@ -323,7 +329,7 @@ class _Loop:
             return None
         self._restore(found)
         self.ctx.log(f"resumed at step {found.step} of {self.spec.steps}")
-        self.saved_any = True
+        self.saved_step = found.step
         return found.step
 
     def _restore(self, found: Checkpoint) -> None:

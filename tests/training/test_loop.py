@@ -142,7 +142,7 @@ def test_steps_that_are_not_finite_are_skipped_and_too_many_fail(tmp_path: Path)
         toy.train(make_context(tmp_path / "b"), skip_limit=5)
 
 
-@pytest.mark.parametrize("last_step", [3, 6, 13, 20])
+@pytest.mark.parametrize("last_step", [3, 13])
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path: Path, last_step: int) -> None:
     expected = Toy()
     expected.train(make_context(tmp_path / "whole"))
@@ -157,7 +157,7 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path: Path, las
 def test_sigterm_checkpoints_and_the_same_command_goes_on(tmp_path: Path) -> None:
     expected = Toy()
     expected.train(make_context(tmp_path / "whole"), checkpoint_steps=None)
-    asked = iter([0] * 14 + [signal.SIGTERM] * 3)
+    asked = iter([0] * 7 + [signal.SIGTERM])
     ctx = make_context(tmp_path / "stopped", should_stop=lambda: next(asked))
     with pytest.raises(Interrupted) as caught:
         Toy().train(ctx, checkpoint_steps=None)

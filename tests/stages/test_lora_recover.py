@@ -1,0 +1,150 @@
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from a1q.engine.artifact import Artifact
+from a1q.engine.stage import PlanContext, StageContext
+from a1q.models.checkpoint import load_model
+from a1q.quant.linear import quantized_modules
+from a1q.stages.lora_recover import LoraRecoverStage
+from tests.stages.test_train import view
+from tests.training.student import GROUPS, KILLED, build, read_tensors, run_stage, stage_config, stage_context
+
+TOKENS = torch.arange(40).reshape(2, 20) * 7 % 320
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
+    return build(tmp_path_factory.mktemp("lora"))
+
+
+def recover(folder: Path, inputs: dict[str, Artifact], **options: Any) -> StageContext:
+    ctx = stage_context("lora_recover", folder, inputs, **{"steps": 12, "rank": 4, **options})
+    run_stage(ctx)
+    return ctx
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(TOKENS).logits
+
+
+def test_adapters_lower_the_loss_and_stay_in_the_artifact(tmp_path: Path, inputs: dict[str, Artifact]) -> None:
+    ctx = recover(tmp_path, inputs, merge="adapter", groups=["mlp"], lr=1e-2, alpha=8)
+    assert ctx.metrics["kl_adapter"] < ctx.metrics["kl_before"]
+    for name, module in quantized_modules(load_model(ctx.out)):
+        assert module.adapter == ({"rank": 4, "alpha": 8.0} if ".mlp." in name else None)
+        assert module.latent is not None
+    before, after = read_tensors(inputs["model"].path), read_tensors(ctx.out)
+    assert all(torch.equal(before[name], after[name]) for name in before if not name.endswith("indices"))
+
+
+def test_plain_peft_computes_the_same_over_the_exported_folder(tmp_path: Path, inputs: dict[str, Artifact]) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    ctx = recover(tmp_path, inputs, merge="adapter", groups=["attn", "mlp"], lr=1e-2, alpha=8)
+    own = load_model(ctx.out)
+    plain = AutoModelForCausalLM.from_pretrained(inputs["model"].path.parent / "dense")
+    with torch.no_grad():
+        for name, module in quantized_modules(own):
+            plain.get_submodule(name).weight.copy_(module.weight)
+    plain.save_pretrained(tmp_path / "exported")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "exported").eval()
+    without = logits(base)
+    adapted = logits(PeftModel.from_pretrained(base, ctx.out / "adapter").eval())
+    torch.testing.assert_close(adapted, logits(own), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(adapted, without, atol=1e-3)
+    config = json.loads((ctx.out / "adapter" / "adapter_config.json").read_text())
+    assert config["target_modules"] == sorted(config["target_modules"]) and len(config["target_modules"]) == 14
+
+
+def test_refit_merges_for_good_or_keeps_the_model(tmp_path: Path, inputs: dict[str, Artifact]) -> None:
+    ctx = recover(tmp_path, inputs, lr=1e-2, refit_steps=10)
+    metrics = ctx.metrics
+    assert metrics["kl_refit"] <= metrics["kl_merged"]
+    assert metrics["kept"] == "refit" and metrics["kl_refit"] < metrics["kl_before"]
+    before = dict(quantized_modules(load_model(inputs["model"].path)))
+    for name, module in quantized_modules(load_model(ctx.out)):
+        assert module.adapter is None and module.spec == before[name].spec
+        assert not torch.equal(module.latent, before[name].latent)
+
+
+def test_refit_without_latents_starts_from_the_grid(tmp_path: Path) -> None:
+    inputs = build(tmp_path, latent=False)
+    ctx = recover(tmp_path / "run", inputs, lr=1e-2, steps=4, refit_steps=4)
+    assert ctx.metrics["kept"] == "refit"
+    assert all(module.latent is None for _, module in quantized_modules(load_model(ctx.out)))
+
+
+def test_a_merge_that_does_harm_is_said_aloud_and_undone(
+    tmp_path: Path, inputs: dict[str, Artifact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from a1q.quant.linear import QuantLinear
+
+    noise = torch.Generator().manual_seed(1)
+    monkeypatch.setattr(QuantLinear, "adapter_delta", lambda self: torch.randn(self.shape, generator=noise))
+    ctx = recover(tmp_path, inputs, steps=1, refit_steps=1)
+    assert ctx.metrics["kept"] == "before" and ctx.metrics["kl_refit"] > ctx.metrics["kl_before"]
+    assert any("WARNING: merging the adapters did no good" in line for line in ctx.meta["logs"])
+    assert torch.equal(logits(load_model(ctx.out)), logits(load_model(inputs["model"].path)))
+
+
+def test_gradients_reach_every_adapter(inputs: dict[str, Artifact]) -> None:
+    """All B after the first step; all A, whose gradient passes through B, after the second."""
+    from a1q.training.adapters import attach_adapters
+    from a1q.training.parameters import set_aside_latents
+
+    model = load_model(inputs["model"].path)
+    modules = dict(quantized_modules(model))
+    set_aside_latents(modules)
+    wrapped = attach_adapters(model, modules, rank=2, alpha=2.0, dropout=0.0)
+    trained = {name: item for name, item in wrapped.named_parameters() if item.requires_grad}
+    assert len(trained) == 2 * len(modules) == 28 and all("lora_" in name for name in trained)
+    optimizer = torch.optim.SGD(trained.values(), lr=0.1)
+    for part in ("lora_B", "lora_A"):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(wrapped(TOKENS).logits.flatten(0, 1), TOKENS.flatten()).backward()
+        reached = [name for name, item in trained.items() if part in name and item.grad.abs().max() > 0]
+        assert len(reached) == len(modules)
+        optimizer.step()
+
+
+def test_kill_9_and_resume_ends_with_the_same_bytes(tmp_path: Path) -> None:
+    """Killed in its second loop: the first is found finished, the second goes on."""
+    inputs = build(tmp_path)
+    whole = recover(tmp_path / "whole", inputs, **KILLED["lora_recover"])
+    command = [sys.executable, "-m", "tests.training.student", str(tmp_path), "lora_recover", "refit", "3"]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+    resumed = recover(tmp_path / "killed", inputs, **KILLED["lora_recover"])
+    assert sum("resumed at step" in line for line in resumed.meta["logs"]) == 2
+    assert (whole.out / "model.safetensors").read_bytes() == (resumed.out / "model.safetensors").read_bytes()
+
+
+# -- plan ------------------------------------------------------------------------------------------------------------
+def plan(states: dict[str, str], **options: Any) -> tuple[Any, list[tuple[str, str]]]:
+    problems: list[tuple[str, str]] = []
+    config = stage_config("lora_recover", {"objective": {"kd": "teacher"}, **options})
+    views = {"model": view(**states), "teacher": {"vocabulary": 320, "seq_len": 16, "random_negatives": 32}}
+    ctx = PlanContext("recover", config, views, GROUPS, {}, lambda path, message, *_: problems.append((path, message)))
+    return LoraRecoverStage().plan(ctx), problems
+
+
+def test_plan_predicts_the_adapters() -> None:
+    states = {"gate": "quantized", "up": "quantized"}
+    outcome, problems = plan(states, merge="adapter", rank=3)
+    assert problems == [] and {module.adapter for module in outcome.view.modules.values()} == {3}
+    merged, _ = plan(states, rank=3)
+    assert {module.adapter for module in merged.view.modules.values()} == {0}
+    assert outcome.disk_bytes - merged.disk_bytes == 2 * 2 * 4 * 3 * (96 + 64)
+
+
+def test_plan_refuses_ranks_and_states() -> None:
+    assert "rank 100 is more than a side" in plan({"gate": "quantized"}, rank=100)[1][0][1]
+    assert "no module of the model here is quantized" in plan({"gate": "dense"})[1][0][1]

@@ -1,0 +1,194 @@
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from a1q.engine.artifact import Artifact
+from a1q.engine.stage import PlanContext, StageContext
+from a1q.errors import Interrupted, MismatchError
+from a1q.models.checkpoint import load_model
+from a1q.models.view import ModelView, ModuleView
+from a1q.quant.linear import quantized_modules
+from a1q.stages.train import TrainStage
+from tests.training.student import GROUPS, build, read_tensors, run_stage, stage_config, stage_context
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
+    return build(tmp_path_factory.mktemp("train"))
+
+
+def train(folder: Path, inputs: dict[str, Artifact], **options: Any) -> StageContext:
+    ctx = stage_context("train", folder, inputs, **options)
+    run_stage(ctx)
+    return ctx
+
+
+def test_distillation_lowers_the_held_out_loss(tmp_path: Path, inputs: dict[str, Artifact]) -> None:
+    ctx = train(tmp_path, inputs, steps=40, batch={"sequences": 16}, lr={"weights": 3e-3, "scales": 3e-3})
+    metrics = ctx.metrics
+    assert metrics["best_tune"] < 0.8 * metrics["start_tune"]
+    assert metrics["kept_step"] == metrics["best_step"] > 0
+    assert not any("WARNING" in line for line in ctx.meta["logs"])
+
+
+@pytest.mark.parametrize("fp16", [False, True])
+@pytest.mark.parametrize("trainable", [["weights", "scales", "lut"], ["scales", "lut"]])
+def test_the_artifact_computes_with_the_weights_of_the_last_forward_pass(
+    tmp_path: Path, inputs: dict[str, Artifact], trainable: list[str], fp16: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit: as loaded, and, when training saw fp16 factors, after snap too."""
+    import a1q.distill.evaluate  # noqa: F401  (nothing else may hold the model)
+    import a1q.models.checkpoint as checkpoint
+
+    last: dict[str, torch.Tensor] = {}
+    save = checkpoint.save_model
+
+    def spy(model: Any, *args: Any, **options: Any) -> None:
+        last.update({name: module.weight.detach().clone() for name, module in quantized_modules(model)})
+        save(model, *args, **options)
+
+    monkeypatch.setattr(checkpoint, "save_model", spy)
+    ctx = train(tmp_path, inputs, steps=3, trainable=trainable, straight_through_fp16=fp16, keep="last")
+    loaded = dict(quantized_modules(load_model(ctx.out)))
+    started = dict(quantized_modules(load_model(inputs["model"].path)))
+    assert len(last) == 14
+    for name, module in loaded.items():
+        assert torch.equal(module.weight, last[name]), name
+        assert (module.latent is not None) == ("weights" in trainable)
+        if "weights" not in trainable:
+            assert torch.equal(module.parts()["indices"], started[name].parts()["indices"])
+        if fp16:
+            module.snap()
+        assert torch.equal(module.dequantize(), last[name]), name
+
+
+def test_only_the_chosen_group_and_sets_change(tmp_path: Path, inputs: dict[str, Artifact]) -> None:
+    ctx = train(tmp_path, inputs, steps=2, groups=["mlp"], trainable=["weights", "lut"], keep="last")
+    before, after = read_tensors(inputs["model"].path), read_tensors(ctx.out)
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert {name.rpartition(".")[2] for name in changed} <= {"latent", "lut", "indices"}
+    assert all(".mlp." in name for name in changed)
+    assert sum(name.endswith("latent") for name in changed) == 6
+
+
+def test_weights_train_from_the_grid_where_there_is_no_latent(tmp_path: Path) -> None:
+    inputs = build(tmp_path, latent=False)
+    ctx = train(tmp_path / "run", inputs, steps=2)
+    assert all(module.latent is not None for _, module in quantized_modules(load_model(ctx.out)))
+
+
+def test_without_weights_latents_are_dropped_with_a_word(tmp_path: Path, inputs: dict[str, Artifact]) -> None:
+    ctx = train(tmp_path, inputs, steps=1, trainable=["scales"], groups=["mlp"])
+    latents = {name: module.latent is not None for name, module in quantized_modules(load_model(ctx.out))}
+    assert all(kept == (".self_attn." in name) for name, kept in latents.items())
+    assert any("latents are dropped" in line for line in ctx.meta["logs"])
+
+
+def test_norms_train_when_asked(tmp_path: Path, inputs: dict[str, Artifact]) -> None:
+    ctx = train(tmp_path, inputs, steps=1, trainable=["norms"], keep="last", warmup=0)
+    before, after = read_tensors(inputs["model"].path), read_tensors(ctx.out)
+    changed = {name for name in after if not torch.equal(before[name], after[name])}
+    assert changed and all("norm" in name for name in changed)
+
+
+def test_kill_9_and_resume_ends_with_the_same_bytes(tmp_path: Path) -> None:
+    inputs = build(tmp_path)
+    whole = train(tmp_path / "whole", inputs, steps=8)
+    command = [sys.executable, "-m", "tests.training.student", str(tmp_path), "train", "train", "7"]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+    resumed = train(tmp_path / "killed", inputs, steps=8)
+    assert resumed.metrics["resumed_from"] == 6
+    for file in ("model.safetensors", "config.json"):
+        assert (whole.out / file).read_bytes() == (resumed.out / file).read_bytes()
+
+
+def test_sigterm_leaves_a_run_that_goes_on(tmp_path: Path, inputs: dict[str, Artifact]) -> None:
+    whole = train(tmp_path / "whole", inputs, steps=6)
+    ctx = stage_context("train", tmp_path / "stopped", inputs, steps=6)
+    asked = iter([0, 0, 0, signal.SIGTERM])
+    ctx.should_stop = lambda: next(asked)
+    with pytest.raises(Interrupted):
+        run_stage(ctx)
+    assert not any(ctx.out.iterdir())
+    resumed = train(tmp_path / "stopped", inputs, steps=6)
+    assert resumed.metrics["resumed_from"] == 4
+    assert (whole.out / "model.safetensors").read_bytes() == (resumed.out / "model.safetensors").read_bytes()
+
+
+def test_another_vocabulary_is_refused(tmp_path: Path, inputs: dict[str, Artifact]) -> None:
+    other = build(tmp_path)["teacher"]
+    description = other.path / "teacher.json"
+    description.write_text(description.read_text().replace('"vocabulary": 320', '"vocabulary": 512'))
+    with pytest.raises(MismatchError, match="student's vocabulary is 320, the teacher's 512"):
+        train(tmp_path / "run", {**inputs, "teacher": other}, steps=1)
+
+
+# -- plan ------------------------------------------------------------------------------------------------------------
+def view(**states: str) -> ModelView:
+    modules = {}
+    for name, state in states.items():
+        full = f"model.layers.0.mlp.{name}_proj"
+        scheme = {"scheme": "lut_lowrank", "bits": 2, "rank": 1} if state != "dense" else None
+        modules[full] = ModuleView(full, (96, 64), state=state, scheme=scheme)
+    return ModelView(modules, 50_000, {"vocab_size": 320, "hidden_size": 64, "num_hidden_layers": 2})
+
+
+def plan(model: ModelView, teacher: dict[str, Any] | None = None, **options: Any) -> tuple[Any, list[tuple[str, ...]]]:
+    problems: list[tuple[str, ...]] = []
+
+    def report(path: str, message: str, hint: str, mismatch: bool) -> None:
+        problems.append((path, message, hint, "mismatch" if mismatch else "recipe"))
+
+    config = stage_config("train", {"objective": {"kd": "teacher"}, **options})
+    views = {"model": model, "teacher": teacher or {"vocabulary": 320, "seq_len": 16, "random_negatives": 32}}
+    return TrainStage().plan(PlanContext("train", config, views, GROUPS, {}, report)), problems
+
+
+def test_plan_names_what_trains_and_what_it_takes() -> None:
+    outcome, problems = plan(view(gate="quantized", up="quantized", down="dense"))
+    assert problems == []
+    assert outcome.view.modules["model.layers.0.mlp.gate_proj"].state == "quantized"
+    assert "gate_proj" in outcome.notes[0] and "down_proj" not in outcome.notes[0]
+    only_scales, _ = plan(view(gate="quantized", up="quantized", down="dense"), trainable=["scales"])
+    assert only_scales.disk_bytes == outcome.disk_bytes - 2 * 4 * 96 * 64
+    assert only_scales.memory_bytes < outcome.memory_bytes
+
+
+@pytest.mark.parametrize(
+    ("states", "options", "message", "hint"),
+    [
+        ({"gate": "dense"}, {}, "no module of the model here is quantized", "put a `quantize` stage before it"),
+        ({"gate": "snapped"}, {}, "snapped modules no longer train", "put it before `snap`"),
+        ({"gate": "quantized", "up": "dense"}, {"groups": ["gate_up"]}, "1 modules are dense", "quantize them before"),
+        ({"gate": "quantized"}, {"groups": ["mpl"]}, "no group 'mpl'", "did you mean 'mlp'?"),
+    ],
+)
+def test_plan_refuses_a_wrong_order(
+    states: dict[str, str], options: dict[str, Any], message: str, hint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from a1q.engine.stage import Group
+
+    monkeypatch.setitem(GROUPS, "gate_up", Group("gate_up", r"model\.layers\.\d+\.mlp\.(gate|up)_proj"))
+    _, problems = plan(view(**states), **options)
+    assert len(problems) == 1
+    assert message in problems[0][1] and hint in problems[0][2] and problems[0][3] == "recipe"
+
+
+def test_plan_refuses_a_teacher_that_cannot_serve() -> None:
+    teacher = {"vocabulary": 512, "seq_len": 16, "random_negatives": 0}
+    _, problems = plan(view(gate="quantized"), teacher)
+    assert {(path, kind) for path, _, _, kind in problems} == {
+        ("objective.tail", "recipe"),
+        ("objective.kd", "mismatch"),
+    }
+
+
+def test_planning_imports_no_torch() -> None:
+    code = "import sys, a1q.stages.train, a1q.stages.lora_recover; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,146 @@
+"""A tiny quantized student and its teacher's cache, and contexts for the stages that train.
+
+`python -m tests.training.student FOLDER STAGE STEP` runs a stage on them and dies at that step of its last loop.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import signal
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from a1q.engine.artifact import Artifact
+from a1q.engine.config import build_config
+from a1q.engine.registry import Registry
+from a1q.engine.stage import Group, Runtime, StageContext
+from a1q.models.checkpoint import load_model, save_model
+from a1q.quant.linear import QuantLinear, swap_module
+from a1q.recipe.schema import Checker
+from tests.tiny import tiny_folder, tiny_model
+
+MLP = r"model\.layers\.\d+\.mlp\.(gate|up|down)_proj"
+ATTENTION = r"model\.layers\.\d+\.self_attn\.[qkvo]_proj"
+GROUPS = {"mlp": Group("mlp", MLP, 6), "attn": Group("attn", ATTENTION, 8), "head": Group("head", "model.embed_tokens")}
+SPEC = {"scheme": "lut_lowrank", "bits": 2, "rank": 1}
+SEQUENCES, TUNE, LENGTH = 96, 12, 16
+
+
+def build(folder: Path, latent: bool = True, spec: Mapping[str, Any] = SPEC) -> dict[str, Artifact]:
+    """Write a 2-bit tiny model and a cache of the dense one's answers; the inputs of a stage that trains."""
+    from a1q.distill.cache import DESCRIPTION, FORMAT
+    from a1q.distill.teacher import write_shards
+
+    dense, quantized, teacher = folder / "dense", folder / "quantized", folder / "teacher"
+    tiny_folder(dense)
+    model = load_model(dense)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, torch.nn.Linear) and (".mlp." in name or ".self_attn." in name):
+            swap_module(model, name, QuantLinear.quantize(module, spec, keep_latent=latent))
+    quantized.mkdir()
+    save_model(model, quantized, tokenizer_from=dense)
+    tokens = np.random.default_rng(3).integers(320, size=(SEQUENCES + TUNE, LENGTH))
+    parts = {"train": tokens[:SEQUENCES], "tune": tokens[SEQUENCES:]}
+    names = write_shards(
+        tiny_model(), parts, folder=teacher, top_k=32, random_negatives=32, shard_sequences=16, batch=8, seed=1
+    )
+    description = {
+        "format": FORMAT,
+        "vocabulary": 320,
+        "seq_len": LENGTH,
+        "top_k": 32,
+        "random_negatives": 32,
+        "shard_sequences": 16,
+        "parts": {part: {"sequences": len(parts[part]), "shards": names[part]} for part in parts},
+    }
+    (teacher / DESCRIPTION).write_text(json.dumps(description), encoding="utf-8")
+    return {"model": Artifact("model", quantized, "m" * 64), "teacher": Artifact("teacher", teacher, "t" * 64)}
+
+
+def stage_config(stage: str, options: Mapping[str, Any]) -> Any:
+    """The typed config of `options`, checked against the shipped schema and filled with its defaults."""
+    registry = Registry()
+    checker, schema = Checker(registry), registry.schema("stages", stage)
+    findings = checker.check(schema, options)
+    assert not findings, findings
+    return build_config(registry.get("stages", stage).Config, checker.fill(schema, copy.deepcopy(dict(options)), set()))
+
+
+def stage_context(stage: str, folder: Path, inputs: Mapping[str, Artifact], **options: Any) -> StageContext:
+    """A context whose logs are collected in `ctx.meta["logs"]`; `folder` holds its out and scratch folders."""
+    for name in ("out", "scratch"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    defaults = {"objective": {"kd": "teacher"}, "batch": {"sequences": 4}, "evaluate_every": 4}
+    ctx = StageContext(
+        id=stage,
+        config=stage_config(stage, {**defaults, **options}),
+        seed=7,
+        inputs=inputs,
+        out=folder / "out",
+        scratch=folder / "scratch",
+        runtime=Runtime(threads=1),
+        groups=GROUPS,
+    )
+    logs: list[str] = ctx.meta.setdefault("logs", [])
+
+    def emit(kind: str, values: Mapping[str, Any]) -> None:
+        if kind == "log":
+            logs.append(values["message"])
+
+    ctx.emit = emit
+    return ctx
+
+
+def run_stage(ctx: StageContext) -> None:
+    """Run the stage that `ctx` was made for."""
+    Registry().get("stages", ctx.id)().run(ctx)
+
+
+def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a model artifact."""
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors")
+
+
+KILLED = {"train": {"steps": 8}, "lora_recover": {"steps": 6, "refit_steps": 5, "rank": 2, "dropout": 0.1}}
+"""Options of the stages that are killed in tests."""
+
+
+def main(folder: str, stage: str, loop: str, step: str) -> None:
+    """Checkpoint every second step and die, as by `kill -9`, when the loop named `loop` has done `step` steps."""
+    import a1q.training.loop as loop_module
+
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    inputs = {
+        "model": Artifact("model", Path(folder, "quantized"), "m" * 64),
+        "teacher": Artifact("teacher", Path(folder, "teacher"), "t" * 64),
+    }
+    ctx = stage_context(stage, Path(folder, "killed"), inputs, **KILLED[stage])
+
+    def emit(kind: str, values: Mapping[str, Any]) -> None:
+        here = (ctx.scratch / loop).exists()
+        if kind == "progress" and here and values["step"] == int(step):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    ctx.emit = emit
+    checkpoint = loop_module._Loop._checkpoint_if_due
+
+    def often(self: Any) -> None:
+        if self.at.step % 2 == 0:
+            self.saved_at = float("-inf")
+        checkpoint(self)
+
+    loop_module._Loop._checkpoint_if_due = often  # type: ignore[method-assign]
+    run_stage(ctx)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
