@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from a1q.coreml.architecture import STATE, head_parts, problems, read_architecture
+from a1q.coreml.architecture import FAMILIES, MAX_DIMENSION, STATE, head_parts, problems, read_architecture
 from a1q.engine.artifact import Artifact
 from a1q.engine.exporter import Exporter
 from a1q.engine.stage import StageContext
@@ -59,6 +59,8 @@ class CoremlExporter(Exporter):
     def refusals(self, view: Any, config: CoremlConfig) -> list[str]:
         """Model type, dimensions, states and schemes."""
         found = problems(view.config)
+        if view.config.get("model_type") not in FAMILIES:
+            return found  # nothing else can be said of it
         if config.context % config.prefill:
             found.append(f"context {config.context} is not a multiple of prefill {config.prefill}")
         if config.verify is not None and config.verify.prompt + config.verify.generate > config.context:
@@ -67,6 +69,7 @@ class CoremlExporter(Exporter):
                 f"a context of {config.context}"
             )
         modules = view.modules.values()
+        found += _head_problems(view)
         unsnapped = [module.name for module in modules if module.state == "quantized"]
         if unsnapped:
             found.append(
@@ -201,6 +204,18 @@ def _meta(view: Any, config: CoremlConfig, layout: Layout) -> dict[str, Any]:
         "eos_token_id": view.config.get("eos_token_id"),
         "schemes": quantized,
     }
+
+
+def _head_problems(view: Any) -> list[str]:
+    """Whether the head can be cut into parts that the Neural Engine takes."""
+    vocabulary = int(view.config["vocab_size"])
+    head = view.modules.get("lm_head")
+    grouped = head is not None and head.scheme is not None and head.scheme.get("granularity") == "group"
+    step = int(head.scheme["channels"]) if grouped else 1
+    if head_parts(vocabulary, step):
+        return []
+    tables = f" of whole groups of {step} channels" if step > 1 else ""
+    return [f"a head of {vocabulary} rows can't be cut into equal parts{tables} of at most {MAX_DIMENSION} rows"]
 
 
 def _some(names: list[str]) -> str:

@@ -10,6 +10,8 @@ STATE = "kv_cache"
 """Name of the package's state."""
 MAX_DIMENSION = 16384
 """Largest dimension of a tensor on the Neural Engine."""
+MAX_PARTS = 64
+"""Most outputs over which the vocabulary is divided."""
 
 
 @dataclass(frozen=True)
@@ -113,9 +115,9 @@ def head_parts(vocabulary: int, step: int = 1) -> int:
     """The fewest equal parts of the head that each have at most 16384 rows, a multiple of `step`; 0 if there are none.
 
     Args:
-        step: rows that must stay together, because they share a LUT.
+        step: rows that must stay together, because they share a table.
     """
-    for parts in range(-(-vocabulary // MAX_DIMENSION), vocabulary // step + 1):
+    for parts in range(-(-vocabulary // MAX_DIMENSION), MAX_PARTS + 1):
         if vocabulary % (parts * step) == 0:
             return parts
     return 0

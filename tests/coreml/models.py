@@ -1,0 +1,75 @@
+"""Tiny decoders in every form that a package can hold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from a1q.coreml.architecture import Architecture, read_architecture
+from a1q.coreml.graph import Layout, build_program, layout_of
+from a1q.coreml.package import write_package
+from a1q.coreml.reader import Package, read_package
+from a1q.coreml.weights import DecoderWeights, decoder_weights
+from tests.tiny import tiny_model
+
+LUT_2 = {"scheme": "lut", "bits": 2}
+SCHEMES: dict[str, Mapping[str, Any]] = {
+    "tensor-2": LUT_2,
+    "tensor-1": {"scheme": "lut", "bits": 1},
+    "tensor-6": {"scheme": "lut", "bits": 6},
+    "tensor-8": {"scheme": "lut", "bits": 8},
+    "group-4": {"scheme": "lut", "bits": 4, "granularity": "group", "channels": 16},
+    "channel-3": {"scheme": "lut", "bits": 3, "granularity": "channel"},
+    "rank-1": {"scheme": "lut_lowrank", "bits": 4, "rank": 1},
+    "rank-3": {"scheme": "lut_lowrank", "bits": 2, "rank": 3},
+}
+
+
+def decoder(scheme: Mapping[str, Any] | None = None, adapter: int = 0, **changes: Any) -> Any:
+    """A tiny Qwen3 with fp16 numbers; with a scheme, all projections (and an untied head) quantized and snapped."""
+    import torch
+    from torch import nn
+
+    from a1q.quant.linear import QuantLinear, swap_module
+
+    model = tiny_model(**{"head_dim": 32, **changes})
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.copy_(1 + 0.2 * torch.randn(parameter.shape))
+            parameter.copy_(parameter.half().float())
+    if scheme is None:
+        return model
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and not (name == "lm_head" and model.config.tie_word_embeddings):
+            quantized = QuantLinear.quantize(module, scheme, keep_latent=False)
+            if adapter:
+                down, up = torch.randn(adapter, module.in_features), torch.randn(module.out_features, adapter)
+                quantized.set_adapter(0.1 * down, 0.1 * up, alpha=2.0 * adapter)
+            quantized.snap()
+            swap_module(model, name, quantized)
+    return model
+
+
+def program_of(
+    model: Any, context: int = 128, chunk: int = 32, weights: DecoderWeights | None = None
+) -> tuple[Any, Layout, Architecture]:
+    """The MIL program of a model, of other weights if given."""
+    architecture = read_architecture(model.config.to_dict())
+    weights = weights or decoder_weights(model)
+    layout = layout_of(weights, architecture.vocabulary, context, chunk)
+    return build_program(architecture, weights, layout), layout, architecture
+
+
+def saved(program: Any, folder: Path) -> Package:
+    """Write a program as a package and read it back."""
+    path = folder / "model.mlpackage"
+    write_package(program, path)
+    return read_package(path)
+
+
+def package_of(model: Any, folder: Path, weights: DecoderWeights | None = None) -> tuple[Package, Layout]:
+    """Write a model as a package and read it back."""
+    program, layout, _ = program_of(model, weights=weights)
+    return saved(program, folder), layout
