@@ -5,7 +5,8 @@ An event is one JSON object: `{"time": seconds since 1970, "event": KIND, ...}`.
 | event       | fields                                                                              |
 |-------------|-------------------------------------------------------------------------------------|
 | run_start   | name, run (folder), stages: [{id, stage}], smoke                                    |
-| stage_start | id, stage, key, because (dotted paths that changed since the last run in this folder) |
+| stage_start | id, stage, key                                                                      |
+| stage_run   | id, because (dotted key parts that changed since the last run in this folder): a miss |
 | progress    | id, step, total, and the stage's figures                                            |
 | log         | id, message                                                                         |
 | stage_end   | id, stage, seconds, computed_seconds, cache (`hit` or `miss`), metrics, key, digest,  |

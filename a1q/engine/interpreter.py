@@ -70,9 +70,11 @@ class Interpreter:
             key = key_of(parts)
             because = differences(self.before[planned.id], parts) if planned.id in self.before else []
             force = force and key not in self.spared
-            self.events("stage_start", id=planned.id, stage=planned.type, key=key, because=because)
+            self.events("stage_start", id=planned.id, stage=planned.type, key=key)
             entry = self.store.acquire(key, self.should_stop, emit.log, force)
             cache = "hit" if entry else "miss"
+            if entry is None:
+                self.events("stage_run", id=planned.id, because=because)
             entry = entry or self._compute(planned, key, parts, inputs, data, emit)
         except OSError as error:
             if (full := disk_error(error, self.store.root)) is None:

@@ -155,7 +155,7 @@ class Store:
         if progress is not None and progress.exists():
             copy_file(progress, out / PROGRESS)
         (out / MANIFEST).write_bytes(canonical_json(manifest))
-        (out / RECORD).write_bytes(canonical_json(record))
+        (out / RECORD).write_text(json.dumps(record, ensure_ascii=False), encoding="utf-8")
         self.move_in(key)
         remove_tree(self.scratch(key))
         self._held[key].share()

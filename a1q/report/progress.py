@@ -55,7 +55,12 @@ class Lines:
 
     def _stage_start(self, event: Mapping[str, Any]) -> None:
         self._first, self._last = None, 0.0
-        self._draw(f"{self._place(event['id'])} running")
+        if self.live:
+            self._draw(f"{self._place(event['id'])} looking in the store")
+
+    def _stage_run(self, event: Mapping[str, Any]) -> None:
+        changed = ", ".join(event["because"][:3]) + (", ..." if len(event["because"]) > 3 else "")
+        self._draw(f"{self._place(event['id'])} running{f' (changed: {changed})' if changed else ''}")
 
     def _progress(self, event: Mapping[str, Any]) -> None:
         now, step, total = event["time"], event["step"], event["total"]

@@ -19,7 +19,7 @@ def summary(report: Mapping[str, Any], folder: Path) -> str:
         [item["id"], item["stage"], item["cache"], duration(item["seconds"]), _metrics(item["metrics"])]
         for item in report["stages"]
     ]
-    lines = [table(["stage", "kind", "cache", "time", "figures"], rows, right=[3])] if rows else []
+    lines = [table(["stage", "type", "cache", "time", "figures"], rows, right=[3])] if rows else []
     lines += [f"export {name}: {folder / place}" for name, place in report["exports"].items()]
     return "\n".join([*lines, ending(report)])
 

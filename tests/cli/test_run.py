@@ -111,7 +111,7 @@ def test_json_lines(recipe: Path) -> None:
     events = [json.loads(line) for line in good.stdout.splitlines()]
     assert [item["event"] for item in events if item["event"] != "progress"] == [
         "run_start",
-        *["stage_start", "stage_end"] * 4,
+        *["stage_start", "stage_run", "stage_end"] * 4,
         "run_end",
     ]
     assert {"id": "more", "step": 5, "total": 5, "loss": 0.2}.items() <= next(

@@ -27,7 +27,7 @@ def test_every_file_of_the_run_folder(tmp_path: Path) -> None:
     assert lock["packages"]["numpy"] and lock["python"] and lock["processor"] and lock["runtime"]["threads"] == 1
     assert set(lock["keys"]) == {"s1", "s2"}
     kinds = [line["event"] for line in read_lines(run / "events.jsonl")]
-    assert kinds == ["stage_start", "stage_end"] * 2
+    assert kinds == ["stage_start", "stage_run", "stage_end"] * 2
     steps = [line["step"] for line in read_lines(run / "metrics" / "s1.jsonl")]
     assert steps == [1, 2, 3]
     report = json.loads((run / "report.json").read_text())
@@ -91,7 +91,8 @@ def test_lines_torn_by_a_kill_are_passed_over(tmp_path: Path) -> None:
     with open(run / "events.jsonl", "a") as handle:
         handle.write('{"event": "stage_st')
     execute(plan_of(chain(1)), tmp_path / "home", run)
-    assert [line["event"] for line in read_lines(run / "events.jsonl")] == ["stage_start", "stage_end"] * 2
+    kinds = [line["event"] for line in read_lines(run / "events.jsonl")]
+    assert kinds == ["stage_start", "stage_run", "stage_end", "stage_start", "stage_end"]
 
 
 def test_progress_of_a_resumed_stage_has_every_step_once(tmp_path: Path) -> None:

@@ -1,0 +1,96 @@
+"""What a run prints: bounded plain lines, one live line on a terminal, JSON for programs."""
+
+from __future__ import annotations
+
+import io
+import json
+from typing import Any
+
+import pytest
+
+from a1q.engine.events import Events
+from a1q.report.progress import JsonLines, Lines
+
+STAGES = [{"id": "teacher", "stage": "kd"}, {"id": "q4", "stage": "train"}]
+
+
+class Clock:
+    """Stands in for `time` where events are stamped."""
+
+    now = 1000.0
+
+    def time(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr("a1q.engine.events.time", made)
+    return made
+
+
+def play(listener: Any, clock: Clock, seconds_per_step: float = 1.0, steps: int = 60) -> None:
+    events = Events([listener])
+    events("run_start", name="demo", run="runs/demo", stages=STAGES, smoke=False)
+    events("stage_start", id="teacher", stage="kd", key="k")
+    events("stage_end", id="teacher", stage="kd", seconds=0.4, cache="hit", metrics={"sequences": 2048, "kl": 0.01})
+    events("stage_start", id="q4", stage="train", key="k")
+    events("stage_run", id="q4", because=["options.steps"])
+    for step in range(1, steps + 1):
+        clock.now += seconds_per_step
+        events("progress", id="q4", step=step, total=100, loss=1.0 / step, tokens_per_second=5120.4)
+    events("log", id="q4", message="a word")
+    events("stage_end", id="q4", stage="train", seconds=61.0, cache="miss", metrics={"kl": 0.0123456, "kept": "best"})
+    events("run_end", status="done", error=None, seconds=61.4)
+
+
+def test_plain_lines_are_few_and_say_what_is_needed(clock: Clock) -> None:
+    stream = io.StringIO()
+    play(Lines(stream), clock)
+    lines = stream.getvalue().splitlines()
+    assert lines[0] == "demo: 2 stages in runs/demo"
+    assert lines[2].split() == [
+        "=",
+        "[1/2]",
+        "teacher",
+        "kd",
+        "0.4",
+        "s",
+        "from",
+        "the",
+        "store",
+        "sequences",
+        "2,048,",
+        "kl",
+        "0.01",
+    ]
+    assert "running (changed: options.steps)" in lines[3]
+    progress = [line for line in lines if "step " in line]
+    assert [line.split("step ")[1].split("/")[0] for line in progress] == ["11", "21", "31", "41", "51"]
+    assert "step 51/100, loss 0.01961, 5,120 tokens/s, 49.0 s left" in progress[-1]
+    assert lines[-2].strip() == "q4: a word"
+    assert lines[-1].split() == ["+", "[2/2]", "q4", "train", "1:01", "kl", "0.01235"]
+    assert "\x1b" not in stream.getvalue()
+
+
+def test_the_live_line_is_redrawn_in_place_and_fits(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "50")
+    stream = io.StringIO()
+    play(Lines(stream, live=True), clock, seconds_per_step=0.05)
+    text = stream.getvalue()
+    assert text.count("\n") == 5
+    drawn = [part for part in text.split("\r\x1b[K") if "step" in part]
+    assert 20 <= len(drawn) <= 31
+    assert all(len(part) <= 49 for part in drawn)
+    assert text.endswith("\r\x1b[K")
+
+
+def test_figures_that_are_no_numbers_stay_valid_json(clock: Clock) -> None:
+    stream = io.StringIO()
+    events = Events([JsonLines(stream), Lines(io.StringIO())])
+    events("run_start", name="demo", run="runs/demo", stages=STAGES, smoke=True)
+    events("progress", id="q4", step=1, total=2, loss=float("nan"))
+    line = stream.getvalue().splitlines()[1]
+    assert "NaN" not in line
+    assert json.loads(line) == {"time": 1000.0, "event": "progress", "id": "q4", "step": 1, "total": 2, "loss": None}
