@@ -6,7 +6,7 @@ import shutil
 from dataclasses import dataclass
 from typing import Any
 
-from a1q.engine.artifact import MANIFEST, Artifact
+from a1q.engine.artifact import BESIDE, Artifact
 from a1q.engine.exporter import Exporter
 from a1q.engine.stage import StageContext
 from a1q.errors import StageError
@@ -41,7 +41,7 @@ class PackedExporter(Exporter):
         """Write the folder."""
         if config.latent == "keep":
             for source in sorted(model.path.rglob("*")):
-                if source.is_file() and source.name != MANIFEST:
+                if source.is_file() and source.relative_to(model.path).as_posix() not in BESIDE:
                     target = ctx.out / source.relative_to(model.path)
                     target.parent.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(source, target)

@@ -51,11 +51,10 @@ def list_entries(as_json: bool) -> None:
 
 
 def _facts(store: Store) -> Iterable[dict[str, Any]]:
-    from a1q.engine.artifact import MANIFEST
+    from a1q.engine.artifact import MANIFEST, RECORD
     from a1q.engine.files import tree_size
     from a1q.engine.garbage import references
     from a1q.engine.rundir import read_json
-    from a1q.engine.store import RECORD
 
     referred = references()
     for key in store.published():

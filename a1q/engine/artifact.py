@@ -18,6 +18,12 @@ from pathlib import Path
 from typing import Any
 
 MANIFEST = "artifact.json"
+RECORD = "entry.json"
+"""In the store, beside the manifest: stage, type, seconds, metrics, digest, created, key parts."""
+PROGRESS = "progress.jsonl"
+"""In the store, beside the manifest: the figures the stage reported while it ran."""
+BESIDE = frozenset({MANIFEST, RECORD, PROGRESS})
+"""Files at the top of an artifact's folder that are no part of its content or digest."""
 FORMAT = 1
 
 
@@ -50,11 +56,11 @@ class Artifact:
 
 
 def manifest_of(kind: str, folder: Path, meta: Mapping[str, Any]) -> dict[str, Any]:
-    """Describe the files now in `folder` (recursively, the manifest itself excluded)."""
+    """Describe the files now in `folder` (recursively, what stands in `BESIDE` excluded)."""
     files = {}
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name != MANIFEST:
-            name = path.relative_to(folder).as_posix()
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and name not in BESIDE:
             files[name] = {"size": path.stat().st_size, "sha256": sha256_file(path)}
     return {"format": FORMAT, "kind": kind, "meta": dict(meta), "files": files}
 

@@ -22,13 +22,12 @@ from pathlib import Path
 from typing import IO, Any
 
 from a1q import __version__
-from a1q.engine.artifact import MANIFEST, sha256_file
+from a1q.engine.artifact import MANIFEST, PROGRESS, RECORD, sha256_file
 from a1q.engine.cachekey import package_versions
 from a1q.engine.events import plain
 from a1q.engine.files import copy_file, disk_error, fsync_path, fsync_tree, home, remove_tree, write_atomic
 from a1q.engine.locks import Lock, holder, try_lock
 from a1q.engine.plan import Plan
-from a1q.engine.store import PROGRESS, RECORD
 from a1q.errors import A1QError, UsageError
 
 REPORT = "report.json"

@@ -17,16 +17,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from a1q.engine.artifact import MANIFEST, Artifact, canonical_json, digest_of, manifest_of, sha256_file
+from a1q.engine.artifact import (
+    BESIDE,
+    MANIFEST,
+    PROGRESS,
+    RECORD,
+    Artifact,
+    canonical_json,
+    digest_of,
+    manifest_of,
+    sha256_file,
+)
 from a1q.engine.files import copy_file, fsync_path, fsync_tree, home, remove_tree
 from a1q.engine.locks import Lock, try_lock, wait_lock
 from a1q.errors import A1QError, StageError
 
-RECORD = "entry.json"
-"""Beside the manifest, not part of the digest: stage, type, seconds, metrics, digest, created, key parts."""
-PROGRESS = "progress.jsonl"
-"""Beside the manifest, not part of the digest: the figures the stage reported while it ran."""
-_BESIDE = {MANIFEST, RECORD, PROGRESS}
 _KEY = re.compile(r"[0-9a-f]{64}")
 
 
@@ -220,7 +225,7 @@ def read_entry(folder: Path) -> Entry | None:
         raise DamagedError(f"artifact {folder} is damaged: its manifest can't be read ({error})") from None
     if digest_of(manifest) != digest:
         raise DamagedError(f"artifact {folder} is damaged: {MANIFEST} differs from the digest in {RECORD}")
-    for name in sorted((there - _BESIDE) ^ set(files)):
+    for name in sorted((there - BESIDE) ^ set(files)):
         raise DamagedError(f"artifact {folder} is damaged: {name} is {'missing' if name in files else 'foreign'}")
     for name, fact in files.items():
         path = folder / name
@@ -245,7 +250,7 @@ def check_regular(folder: Path) -> None:
         name = path.relative_to(folder).as_posix()
         if path.is_symlink() or not (path.is_file() or path.is_dir()):
             raise StageError(f"an artifact holds plain files only, and {name} is a link or a device")
-        if name in _BESIDE:
+        if name in BESIDE:
             raise StageError(f"the file name {name} belongs to the store; a stage can't write one")
 
 
