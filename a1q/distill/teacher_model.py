@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,13 @@ def note_teacher(teacher: Artifact, out: Path) -> dict[str, Any]:
     A model with a source (the Hub, a folder, a built-in one) is found there again. One that an earlier stage made
     has none, and the store may drop it: it is copied into the cache.
     """
-    made_here = (teacher.path / MANIFEST).is_file()
+    manifest = teacher.path / MANIFEST
+    made_here = manifest.is_file()
     if made_here:
-        for path in sorted(teacher.path.rglob("*")):
-            if path.is_file():
-                target = out / FOLDER / path.relative_to(teacher.path)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                copy_file(path, target)
+        for name in json.loads(manifest.read_text(encoding="utf-8"))["files"]:
+            target = out / FOLDER / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            copy_file(teacher.path / name, target)
     found = {} if made_here else teacher.meta
     return {"source": found.get("source"), "revision": found.get("revision"), "digest": teacher.digest}
 

@@ -11,7 +11,7 @@ from typing import Any
 from a1q.engine.artifact import Artifact
 from a1q.engine.stage import Outcome, PlanContext, Stage, StageContext
 from a1q.errors import MismatchError, Problem
-from a1q.models.view import ModelView, read_view
+from a1q.models.view import ModelView
 from a1q.quant.bits import bpw, bpw_model
 
 OWN = ("ppl", "bpw", "bpw_model")
@@ -48,6 +48,8 @@ class EvalStage(Stage):
             elif name in COMPARED and config.against is None:
                 hint = "name the `kd` stage: `against: ID`"
                 ctx.recipe_problem(f"gate.{name}", f"a gate on {name} needs a teacher to compare with", hint)
+        if view is None:
+            return Outcome()
         bits = _bits_per_weight(view)
         length = ctx.data[config.data].config["seq_len"]
         models = 1 if config.against is None else 2
@@ -68,6 +70,7 @@ class EvalStage(Stage):
         from a1q.data import token_sequences
         from a1q.distill.evaluate import evaluate_model
         from a1q.models.checkpoint import load_model
+        from a1q.models.view import read_view
         from a1q.training.device import prepare_torch
 
         device = prepare_torch(ctx.runtime, ctx.seed)

@@ -41,6 +41,8 @@ class KdStage(Stage):
         """Check the vocabularies and tell the cache's size, which is exact."""
         cache = ctx.config.cache
         student, larger = ctx.views["model"], ctx.views.get("teacher_model")
+        if student is None:
+            return Outcome()
         teacher = larger or student
         vocabulary, own = teacher.config["vocab_size"], student.config["vocab_size"]
         if vocabulary != own:
@@ -78,6 +80,8 @@ class KdStage(Stage):
 
     def run(self, ctx: StageContext) -> None:
         """Ask, shard by shard; a killed run goes on at its first missing shard."""
+        import numpy as np
+
         from a1q.data import token_sequences
         from a1q.distill.teacher import publish_shards, write_shards
         from a1q.distill.teacher_model import note_teacher
@@ -93,10 +97,10 @@ class KdStage(Stage):
         if larger is not None:
             require_same_tokens(student.path, larger.path, f"stages.{ctx.id}.model")
         length = entry.config["seq_len"]
-        parts = {
-            part: token_sequences(entry.config, student.path, part, length, count, ctx.seed)
-            for part, count in (("train", cache.sequences), ("tune", cache.tune_sequences))
-        }
+        parts = {"tune": np.zeros((0, length), np.int32)}
+        for part, count in (("train", cache.sequences), ("tune", cache.tune_sequences)):
+            if count:
+                parts[part] = token_sequences(entry.config, student.path, part, length, count, ctx.seed)
         model = load_model(teacher.path, device=device)
         names = write_shards(
             model,
