@@ -50,9 +50,9 @@ def command(name: str, plugins: tuple[Path, ...], as_json: bool) -> None:
     click.echo("\n\n".join("\n".join(page(name, family, schema)) for family, schema in found.items()))
 
 
-def page(name: str, family: str, schema: Mapping[str, Any]) -> Iterator[str]:
+def page(name: str, kind: str, schema: Mapping[str, Any]) -> Iterator[str]:
     """The lines of the page about one schema."""
-    yield name if family == "recipe" else f"{name} ({family.removesuffix('s')})"
+    yield name if kind == "recipe" else f"{name} ({kind.removesuffix('s')})"
     yield from _wrapped(schema.get("description", ""), "  ")
     about = schema.get("x-a1q", {})
     for item, spec in about.get("inputs", {}).items():
@@ -65,7 +65,8 @@ def page(name: str, family: str, schema: Mapping[str, Any]) -> Iterator[str]:
         yield from _wrapped(rule.get("description", ""), "      ")
     if schema.get("x-plugin"):
         yield ""
-        yield f"  All other options are those of the {schema['x-plugin'].removesuffix('s')}: see `a1q ls {schema['x-plugin']}`."
+        family = schema["x-plugin"]
+        yield f"  All other options are those of the {family.removesuffix('s')}; `a1q ls {family}` lists them."
 
 
 def options(root: Mapping[str, Any], schema: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any, bool]]:
@@ -87,10 +88,10 @@ def _resolved(root: Mapping[str, Any], rule: Mapping[str, Any]) -> Mapping[str, 
 
 def _input(spec: Mapping[str, Any]) -> str:
     where = "`from`" if spec["at"] == "from" else f"`{spec['at']}`"
-    default = "the recipe's model" if spec.get("default") == "source" else f"the nearest earlier {spec['kind']}"
+    default = "the recipe's model" if spec.get("default") == "source" else "the nearest earlier one"
     if spec.get("optional") and "default" not in spec:
-        return f"a {spec['kind']}, named by {where}; optional"
-    return f"a {spec['kind']}, named by {where}; default: {default}"
+        default = "none"
+    return f"an artifact of kind {spec['kind']}, named by {where}; default: {default}"
 
 
 def _type(root: Mapping[str, Any], rule: Mapping[str, Any]) -> str:

@@ -11,12 +11,16 @@ from a1q.recipe.paths import Path, suggest
 from a1q.recipe.recipe import Reference
 from a1q.recipe.schema import Finding
 
+NO_MODEL = "the recipe has no `model:`"
+"""Part of every finding that is owed to a missing model."""
+
 
 @dataclass(frozen=True)
 class Producer:
     """What a stage makes, known from its schema alone."""
 
     id: str
+    """Empty for a stage that has no `id` and can't be read: it may be the one that a later stage refers to."""
     kind: str
     """Artifact kind, or an empty string where the stage itself could not be read."""
 
@@ -105,7 +109,7 @@ def _check(written: str, kind: str, path: Path, around: Surroundings) -> Finding
     if written == SOURCE:
         if kind != "model":
             return Finding(path, f"expected a stage that makes a {kind}, found the recipe's `model:`")
-        return None if around.has_model else Finding(path, "this recipe has no `model:`")
+        return None if around.has_model else Finding(path, NO_MODEL)
     earlier = around.producers[: around.index]
     for item in earlier:
         if item.id == written:
@@ -117,6 +121,8 @@ def _check(written: str, kind: str, path: Path, around: Surroundings) -> Finding
         return Finding(path, f"stage {written!r} can't take its own result")
     if any(item.id == written for item in around.producers):
         return Finding(path, f"stage {written!r} comes later; a stage takes results of earlier ones", "move it up")
+    if any(not item.id for item in earlier):
+        return None
     fitting = [item.id for item in earlier if item.kind in (kind, "")]
     hint = suggest(written, [*fitting, *([SOURCE] if kind == "model" else [])], f"stages that make a {kind}")
     return Finding(path, f"there is no stage {written!r}", hint)
@@ -137,5 +143,5 @@ def _default(name: str, spec: Mapping[str, Any], around: Surroundings) -> tuple[
     if found is not None or optional:
         return found, ""
     if kind == "model":
-        return None, "this stage needs a model, and the recipe has no `model:`"
+        return None, f"this stage needs a model, and {NO_MODEL}"
     return None, f"this stage needs a {kind} ({name}), and no earlier stage makes one"

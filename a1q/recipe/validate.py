@@ -11,7 +11,7 @@ from a1q.engine.registry import Registry, schema_folder
 from a1q.engine.stage import Group
 from a1q.errors import Problem, RecipeError
 from a1q.recipe import paths
-from a1q.recipe.links import Producer, Surroundings, link_data, link_inputs
+from a1q.recipe.links import NO_MODEL, Producer, Surroundings, link_data, link_inputs
 from a1q.recipe.recipe import Recipe, StageSpec, problem_at
 from a1q.recipe.schema import Checker, Finding
 from a1q.recipe.text import Node, kind_of
@@ -91,12 +91,16 @@ class _Validation:
                     self.report(("groups", name, "match"), str(error))
 
     def stages(self, broken: set[Any]) -> list[StageSpec]:
-        """Check and link every stage; `broken` are root keys with problems, to which references are not followed."""
+        """Check and link every stage; `broken` are root keys with problems, of which references say nothing more."""
         stages = self.document.get("stages")
         if not isinstance(stages, list) or len(stages) > 200:
             return []
         self.check_ids()
-        producers = [Producer(self.ids[index], self.kind(stage)) for index, stage in enumerate(stages)]
+        producers = []
+        for index, stage in enumerate(stages):
+            kind = self.kind(stage)
+            named = bool(kind) or (isinstance(stage, dict) and "id" in stage)
+            producers.append(Producer(self.ids[index] if named else "", kind))
         specs = []
         data = self.document.get("data")
         for index, stage in enumerate(stages):
@@ -159,7 +163,9 @@ class _Validation:
         if "data" not in broken:
             findings += data_findings
         if "model" in broken:
-            findings = [item for item in findings if "`model:`" not in item.message]
+            findings = [item for item in findings if NO_MODEL not in item.message]
+        elif any(NO_MODEL in item.message for item in findings):
+            broken.add("model")  # said once
         from_path = base if "from" in stage else (*base, key)
         for item in findings:
             path = (*(from_path if item.path == ("from",) else (*base, key)), *item.path)
