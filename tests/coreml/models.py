@@ -13,16 +13,16 @@ from a1q.coreml.reader import Package, read_package
 from a1q.coreml.weights import DecoderWeights, decoder_weights
 from tests.tiny import tiny_model
 
-LUT_2 = {"scheme": "lut", "bits": 2}
-SCHEMES: dict[str, Mapping[str, Any]] = {
-    "tensor-2": LUT_2,
+SCHEMES: dict[str, Mapping[str, Any] | None] = {
+    "dense": None,
+    "tensor-2": {"scheme": "lut", "bits": 2},
     "tensor-1": {"scheme": "lut", "bits": 1},
     "tensor-6": {"scheme": "lut", "bits": 6},
     "tensor-8": {"scheme": "lut", "bits": 8},
     "group-4": {"scheme": "lut", "bits": 4, "granularity": "group", "channels": 16},
     "channel-3": {"scheme": "lut", "bits": 3, "granularity": "channel"},
-    "rank-1": {"scheme": "lut_lowrank", "bits": 4, "rank": 1},
-    "rank-3": {"scheme": "lut_lowrank", "bits": 2, "rank": 3},
+    "rank-1": {"scheme": "lut_lowrank", "bits": 4, "rank": 1, "fit": "absmax_svd"},
+    "rank-3": {"scheme": "lut_lowrank", "bits": 2, "rank": 3, "fit": "absmax_svd"},
 }
 
 

@@ -21,10 +21,13 @@ def reference(model, generate=6) -> Reference:
     return reference_run(model, PROMPT, generate)
 
 
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("name", [None, *SCHEMES])
+UNTIED = ("dense", "channel-3", "rank-1", "rank-3")
+FORMS = [(name, True) for name in SCHEMES] + [(name, False) for name in UNTIED]
+
+
+@pytest.mark.parametrize(("name", "tied"), FORMS, ids=[f"{name}-{'tied' if t else 'untied'}" for name, t in FORMS])
 def test_every_scheme_computes_what_torch_computes(tmp_path, name, tied):
-    model = decoder(SCHEMES[name] if name else None, tie_word_embeddings=tied)
+    model = decoder(SCHEMES[name], tie_word_embeddings=tied)
     package, layout = package_of(model, tmp_path)
     expected = reference(model)
     fp32 = compare(package.program, layout, expected, "fp32")
