@@ -1,0 +1,202 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from a1q.engine.artifact import Artifact
+from a1q.engine.config import build_config
+from a1q.errors import Interrupted, StageError
+from a1q.exporters.coreml import PACKAGE, CoremlConfig, CoremlExporter, theoretical_bytes
+from a1q.models.view import ModelView, ModuleView
+from tests.coreml.models import SCHEMES, decoder
+from tests.exporters.conftest import context, save
+from tests.tiny import write_tokenizer
+
+VERIFY = {"prompt": 40, "generate": 24, "min_cosine": 0.9999, "min_cosine_fp16": 0.999, "min_agreement": 1.0}
+CONFIG = {
+    "model_type": "qwen3", "vocab_size": 2048, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "tie_word_embeddings": True,
+}  # fmt: skip
+RANK_1 = {"scheme": "lut_lowrank", "bits": 4, "rank": 1}
+
+
+def config(**changes) -> CoremlConfig:
+    return build_config(CoremlConfig, {"layout": "single", "context": 128, "prefill": 32, "verify": VERIFY} | changes)
+
+
+def view(*modules: ModuleView, **changes) -> ModelView:
+    embedding = ModuleView("model.embed_tokens", (2048, 256), "embedding")
+    return ModelView({m.name: m for m in (embedding, *modules)}, 2048 * 256 + 65536, {**CONFIG, **changes})
+
+
+def up_proj(**changes) -> ModuleView:
+    return ModuleView(**{"name": "model.layers.0.mlp.up_proj", "shape": (256, 256), **changes})
+
+
+def artifact(model, folder) -> Artifact:
+    tokenizer = folder / "tokenizer"
+    tokenizer.mkdir(parents=True)
+    write_tokenizer(tokenizer)
+    return save(model, folder / "model", tokenizer)
+
+
+# -- refusals ----------------------------------------------------------------------------------------------------
+def test_dense_and_snapped_modules_are_welcome():
+    snapped = up_proj(state="snapped", scheme=RANK_1, adapter=4)
+    assert CoremlExporter().refusals(view(snapped), config()) == []
+    assert CoremlExporter().refusals(view(up_proj()), config(verify=None)) == []
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        (view(up_proj(state="quantized", scheme=RANK_1)), {}, "up_proj still train: put a `snap` stage before"),
+        (view(up_proj(state="snapped", scheme={"scheme": "affine"})), {}, "takes the schemes lut, lut_lowrank"),
+        (
+            view(ModuleView("model.embed_tokens", (2048, 256), "embedding", "snapped", RANK_1)),
+            {},
+            "takes dense embeddings",
+        ),
+        (view(model_type="gpt2"), {}, "knows no model type 'gpt2'; it supports: qwen3"),
+        (view(vocab_size=16411), {}, "a head of 16411 rows can't be cut into equal parts of at most 16384 rows"),
+        (view(head_dim=72), {}, "head_dim 72 is not a multiple of 32"),
+        (view(), {"context": 160, "prefill": 64}, "context 160 is not a multiple of prefill 64"),
+        (view(), {"verify": {**VERIFY, "prompt": 120}}, "do not fit a context of 128"),
+    ],
+)
+def test_what_is_refused(model, options, message):
+    refusals = CoremlExporter().refusals(model, config(**options))
+    assert len(refusals) == 1
+    assert message in refusals[0]
+
+
+def test_a_head_whose_tables_can_not_be_divided():
+    scheme = {"scheme": "lut", "bits": 4, "granularity": "group", "channels": 64}
+    head = ModuleView("lm_head", (151936, 256), state="snapped", scheme=scheme)
+    [refusal] = CoremlExporter().refusals(view(head, vocab_size=151936, tie_word_embeddings=False), config())
+    assert "whole groups of 64 channels" in refusal
+
+
+def test_planning_imports_neither_torch_nor_coremltools():
+    script = "import sys, a1q.exporters.coreml; assert not {'torch', 'coremltools', 'numpy'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_theory_counts_bits_of_schemes_and_two_bytes_for_the_rest():
+    snapped = up_proj(state="snapped", scheme=RANK_1, adapter=4)
+    expected = 256 * 256 // 2 + 2 * (16 + 256 + 256) + 2 * 4 * (256 + 256)
+    assert theoretical_bytes(view(snapped)) == 2 * 2048 * 256 + expected
+    assert theoretical_bytes(view(up_proj())) == 2 * (2048 * 256 + 65536)
+    tied_in_two_parts = view(up_proj(), vocab_size=16386)
+    assert theoretical_bytes(tied_in_two_parts) == 2 * (2048 * 256 + 65536 + 16386 * 256)
+
+
+# -- export ------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("coreml")
+    sizes = {"hidden_size": 128, "intermediate_size": 512, "vocab_size": 512}
+    model = artifact(decoder(SCHEMES["rank-1"], adapter=2, **sizes), folder)
+    ctx = context(folder / "out")
+    steps = []
+    ctx.emit = lambda kind, values: steps.append(values) if kind == "progress" else None
+    CoremlExporter().export(model, config(), ctx)
+    return model, ctx, steps
+
+
+def test_files_beside_the_package(exported):
+    _, ctx, _ = exported
+    assert {path.name for path in ctx.out.iterdir()} == {
+        PACKAGE, "tokenizer.json", "tokenizer_config.json", "meta.json",
+    }  # fmt: skip
+    meta = json.loads((ctx.out / "meta.json").read_text())
+    assert meta["functions"] == {"infer": 1, "prefill": 32}
+    assert (meta["context"], meta["outputs"], meta["state"]) == (128, ["logits"], "kv_cache")
+    assert meta["schemes"]["model.layers.0.mlp.up_proj"]["bits"] == 4
+
+
+def test_figures(exported):
+    _, ctx, steps = exported
+    metrics = ctx.metrics
+    assert metrics["positions"] == 64
+    assert metrics["cosine_fp32"] > 0.999999
+    assert metrics["cosine_fp16"] > 0.9999
+    assert metrics["greedy_agreement_fp32"] == 1
+    assert metrics["overflows_fp16"] == 0
+    assert abs(metrics["size_ratio"] - 1) < 0.03
+    assert metrics["bytes"] > metrics["weight_bytes"] > metrics["theory_bytes"]
+    assert set(metrics["ops"]) == {"infer", "prefill"}
+    json.dumps(metrics, allow_nan=False)
+    assert steps[-1]["step"] == steps[-1]["total"] == len(steps)
+
+
+def test_estimate_is_near_the_truth(exported):
+    from a1q.models.view import read_view
+
+    model, ctx, _ = exported
+    estimate = CoremlExporter().estimate(read_view(model.path), config())
+    size = sum(path.stat().st_size for path in ctx.out.rglob("*") if path.is_file())
+    assert 0.5 < estimate / size < 2
+
+
+def test_a_large_vocabulary_is_divided(tmp_path):
+    model = artifact(decoder(vocab_size=2 * 16416, hidden_size=32, num_hidden_layers=1), tmp_path)
+    ctx = context(tmp_path / "out")
+    CoremlExporter().export(model, config(verify={**VERIFY, "prompt": 33, "generate": 2}), ctx)
+    assert json.loads((ctx.out / "meta.json").read_text())["outputs"] == ["logits1", "logits2", "logits3"]
+    assert ctx.metrics["cosine_fp32"] > 0.999999
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"min_cosine": 1.0}, "cosine in fp32 is 0.9999999"),
+        ({"min_cosine_fp16": 1.0}, "cosine in fp16 is 0.99"),
+    ],
+)
+def test_what_verify_asks_and_does_not_get(tmp_path, options, message):
+    model = artifact(decoder(), tmp_path)
+    ctx = context(tmp_path / "out")
+    with pytest.raises(StageError, match=message):
+        CoremlExporter().export(model, config(verify={**VERIFY, **options}), ctx)
+
+
+def test_a_weight_that_was_written_dense_is_too_large(tmp_path, monkeypatch):
+    from a1q.coreml import linear
+    from a1q.coreml.weights import Linear
+
+    def dense(x, weight, name):
+        return honest(x, Linear(dense=weight.dequantize().astype("float16")), name)
+
+    honest = linear._product
+    monkeypatch.setattr(linear, "_product", dense)
+    model = artifact(decoder(SCHEMES["tensor-2"], intermediate_size=256), tmp_path)
+    with pytest.raises(StageError, match=r"the weight file has [\d,]+ bytes where its bits say"):
+        CoremlExporter().export(model, config(), context(tmp_path / "out"))
+
+
+def test_a_weight_beyond_fp16(tmp_path):
+    import torch
+
+    model = decoder()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[3, 4] = 70000
+    with pytest.raises(StageError, match=r"layers\.0\.mlp\.up_proj does not fit fp16: its largest value is 70000"):
+        CoremlExporter().export(artifact(model, tmp_path), config(), context(tmp_path / "out"))
+
+
+def test_verification_can_be_interrupted(tmp_path):
+    ctx = context(tmp_path / "out")
+    ctx.should_stop = lambda: 15
+    with pytest.raises(Interrupted):
+        CoremlExporter().export(artifact(decoder(), tmp_path), config(), ctx)
+
+
+def test_nothing_is_interpreted_without_verify(tmp_path):
+    ctx = context(tmp_path / "out")
+    CoremlExporter().export(artifact(decoder(), tmp_path), config(verify=None), ctx)
+    assert "cosine_fp32" not in ctx.metrics
+    assert ctx.metrics["weight_bytes"] > 0
