@@ -1,0 +1,185 @@
+"""What every scheme promises, and what each adds."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from a1q.engine.registry import load_registry
+from a1q.errors import StageError
+from a1q.quant.build import complete, make_scheme
+
+SPECS = [
+    {"scheme": "lut_lowrank", "bits": 2},
+    {"scheme": "lut_lowrank", "bits": 4, "rank": 3, "lut": "fixed"},
+    {"scheme": "lut_lowrank", "bits": 3, "rank": 2, "fit": "absmax_svd", "group_size": 8},
+    {"scheme": "lut_lowrank", "bits": 1, "rounds": 3},
+    {"scheme": "lut", "bits": 2},
+    {"scheme": "lut", "bits": 6, "granularity": "channel"},
+    {"scheme": "lut", "bits": 3, "granularity": "group", "channels": 4},
+    {"scheme": "lut", "bits": 8},
+]
+each = pytest.mark.parametrize("spec", SPECS, ids=lambda spec: "-".join(map(str, spec.values())))
+
+
+def random_weight(seed: int = 0, rows: int = 12, columns: int = 24) -> torch.Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * 0.05
+
+
+@each
+def test_parts_indices_and_weight_agree(spec) -> None:
+    scheme, weight = make_scheme(spec), random_weight()
+    parts = scheme.fit(weight, None, 0)
+    assert {name: tuple(part.shape) for name, part in parts.items() if name != "indices"} == scheme.part_shapes(
+        (12, 24)
+    )
+    assert parts["indices"].dtype == torch.uint8
+    assert int(parts["indices"].max()) < 2 ** spec["bits"]
+    exact = scheme.dequantize(parts)
+    assert exact.dtype == torch.float32
+    assert torch.equal(scheme.weight(parts, None, False), exact)
+    assert torch.equal(scheme.weight(parts, weight, False), exact)
+    assert torch.equal(scheme.assign(parts, weight), parts["indices"])
+    assert float((weight - exact).square().sum()) < float(weight.square().sum())
+
+
+@each
+def test_assignment_is_the_nearest_point_of_the_grid(spec) -> None:
+    scheme = make_scheme(spec)
+    parts = {
+        name: part.double() if name != "indices" else part
+        for name, part in scheme.fit(random_weight(), None, 0).items()
+    }
+    weight = random_weight(1).double()
+    assigned = scheme.dequantize({**parts, "indices": scheme.assign(parts, weight)})
+    every = [
+        scheme.dequantize({**parts, "indices": torch.full_like(parts["indices"], index)})
+        for index in range(2 ** spec["bits"])
+    ]
+    best = (weight - torch.stack(every)).abs().amin(0)
+    torch.testing.assert_close((weight - assigned).abs(), best, rtol=1e-9, atol=1e-12)
+
+
+@each
+def test_snapped_parts_are_what_the_bits_count(spec) -> None:
+    scheme, weight = make_scheme(spec), random_weight()
+    parts = scheme.fit(weight, None, 0)
+    snapped = scheme.snap(parts)
+    shapes = {name: tuple(part.shape) for name, part in snapped.items() if name != "indices"}
+    assert shapes == scheme.part_shapes((12, 24), snapped=True)
+    assert all(part.dtype == torch.float16 for name, part in snapped.items() if name != "indices")
+    bits = spec["bits"] * snapped["indices"].numel()
+    bits += sum(16 * part.numel() for name, part in snapped.items() if name != "indices")
+    assert scheme.bits((12, 24)) == bits
+    exact = scheme.dequantize(parts)
+    largest = float(exact.abs().max())
+    torch.testing.assert_close(scheme.dequantize(snapped), exact, rtol=4e-3, atol=4e-3 * largest)
+    again = scheme.snap(snapped)
+    assert all(torch.equal(again[name], part) for name, part in snapped.items())
+
+
+@each
+def test_training_with_fp16_sees_what_snap_stores(spec) -> None:
+    scheme, weight = make_scheme(spec), random_weight()
+    parts = scheme.fit(weight, None, 0)
+    assert torch.equal(scheme.weight(parts, None, True), scheme.dequantize(scheme.snap(parts)))
+
+
+@each
+def test_forms_are_one_function(spec) -> None:
+    scheme = make_scheme(spec)
+    parts = {
+        name: part.double() if name != "indices" else part
+        for name, part in scheme.fit(random_weight(), None, 0).items()
+    }
+    x = torch.randn(2, 5, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    expected = x @ scheme.dequantize(parts).T
+    for form in ("dense", "factored", "batched"):
+        torch.testing.assert_close(scheme.apply(parts, x, form), expected, rtol=1e-11, atol=1e-12)
+
+
+@each
+def test_same_seed_same_bits(spec) -> None:
+    scheme, weight = make_scheme(spec), random_weight()
+    first, second = (scheme.fit(weight.clone(), torch.arange(24.0), 7) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@each
+def test_statistics_move_the_error_to_channels_that_matter_less(spec) -> None:
+    if spec.get("fit") == "absmax_svd":
+        pytest.skip("the published start knows no statistics")
+    scheme, weight = make_scheme(spec), random_weight(3, 16, 64)
+    statistics = torch.ones(64)
+    statistics[:8] = 1000
+    plain = scheme.dequantize(scheme.fit(weight, None, 0))
+    aware = scheme.dequantize(scheme.fit(weight, statistics, 0))
+    assert weighted(weight - aware, statistics) <= weighted(weight - plain, statistics)
+
+
+def weighted(difference: torch.Tensor, statistics: torch.Tensor) -> float:
+    return float((difference.square() * statistics).sum())
+
+
+@each
+def test_bad_statistics_are_refused(spec) -> None:
+    if spec.get("fit") == "absmax_svd":
+        pytest.skip("the published start knows no statistics")
+    for bad in (torch.ones(23), torch.full((24,), torch.nan), -torch.ones(24)):
+        with pytest.raises(ValueError, match="24 finite values"):
+            make_scheme(spec).fit(random_weight(), bad, 0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    bits=st.sampled_from([1, 2, 3, 4, 6, 8]),
+    rank=st.integers(1, 40),
+    rows=st.integers(1, 4096),
+    columns=st.integers(1, 4096),
+)
+def test_bits_of_the_low_rank_form(bits, rank, rows, columns) -> None:
+    scheme = make_scheme({"scheme": "lut_lowrank", "bits": bits, "rank": rank})
+    assert bool(scheme.check((rows, columns))) == (rank > min(rows, columns))
+    overhead = scheme.bits((rows, columns)) - bits * rows * columns
+    assert overhead == 16 * (2**bits + rank * rows + rank * columns)
+
+
+def test_a_group_must_divide_the_channels() -> None:
+    scheme = make_scheme({"scheme": "lut", "bits": 2, "granularity": "group", "channels": 5})
+    assert scheme.check((12, 24)) == ["12 output channels are no multiple of `channels: 5`"]
+    assert scheme.check((10, 24)) == []
+
+
+def test_a_fixed_table_does_not_train() -> None:
+    assert "lut" not in make_scheme({"scheme": "lut_lowrank", "bits": 2, "lut": "fixed"}).trainable
+    assert make_scheme({"scheme": "lut_lowrank", "bits": 2}).trainable["lut"] == ("lut",)
+
+
+def test_unknown_names_are_told() -> None:
+    with pytest.raises(StageError, match="did you mean 'lut_lowrank'"):
+        make_scheme({"scheme": "lut_lowrnk", "bits": 2})
+    with pytest.raises(StageError, match="unknown option rnk"):
+        make_scheme({"scheme": "lut_lowrank", "bits": 2, "rnk": 3})
+    with pytest.raises(StageError, match="missing option bits"):
+        make_scheme({"scheme": "lut"})
+
+
+def test_defaults_come_from_the_schema() -> None:
+    properties = load_registry().schema("schemes", "lut_lowrank")["properties"]
+    filled = complete({"scheme": "lut_lowrank", "bits": 2})
+    assert filled == {"scheme": "lut_lowrank", "bits": 2} | {
+        name: rule["default"] for name, rule in properties.items() if "default" in rule
+    }
+
+
+def test_making_schemes_and_counting_bits_imports_no_torch() -> None:
+    code = (
+        "import sys, json; from a1q.quant.build import make_scheme;"
+        f"[make_scheme(spec).bits((64, 64)) for spec in json.loads('{json.dumps(SPECS)}')];"
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
