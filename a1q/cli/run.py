@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,6 +58,7 @@ def command(
         loaded, registry = read_recipe(recipe, sets, unsets, plugins)
         plan = make_plan(loaded, registry, smoke=smoke, trust_remote_code=trust_remote_code)
         folder = output or Path("runs") / (f"{plan.name}-smoke" if smoke else plan.name)
+        os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of other libraries would draw over our progress
         listener = JsonLines(sys.stdout) if as_json else Lines(sys.stdout, live=sys.stdout.isatty())
         with _closing_table(None if as_json else folder):
             run_plan(plan, folder, options, [listener], lambda text: click.echo(f"\na1q: {text}", err=True))
