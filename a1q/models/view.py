@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from a1q.errors import StageError
 
 DENSE, QUANTIZED, SNAPPED = "dense", "quantized", "snapped"
 
@@ -78,3 +82,53 @@ def read_safetensors_header(path: Path) -> dict[str, Any]:
     if 8 + length + end != size:
         raise ValueError(f"{path} is truncated or damaged: {size} bytes, its header needs {8 + length + end}")
     return header
+
+
+def read_view(folder: Path) -> ModelView:
+    """The view of a model folder, a1q's own or plain Hugging Face, from `config.json` and safetensors headers.
+
+    Modules come in natural order of their names (layer 2 before layer 10). A stored copy of a tied head is left out.
+
+    Raises:
+        StageError: if the folder is no model, or a file is damaged.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StageError(f"{folder} is not a model: its config.json can't be read: {error}") from None
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise StageError(f"{folder} has no .safetensors file; other weight formats are not read")
+    shapes: dict[str, list[int]] = {}
+    facts: dict[str, Any] = {}
+    try:
+        for file in files:
+            header = read_safetensors_header(file)
+            facts |= json.loads(header.pop("__metadata__", {}).get("a1q", "{}")).get("modules", {})
+            shapes |= {name: item["shape"] for name, item in header.items()}
+    except ValueError as error:
+        raise StageError(str(error)) from None
+    if config.get("tie_word_embeddings") and "lm_head" not in facts:
+        shapes.pop("lm_head.weight", None)
+    modules = {name: _quantized_view(name, fact, f"{name}.latent" in shapes) for name, fact in facts.items()}
+    parameters = sum(math.prod(module.shape) for module in modules.values())
+    for name, shape in shapes.items():
+        owner, _, leaf = name.rpartition(".")
+        if owner in facts and leaf != "bias":
+            continue
+        parameters += math.prod(shape)
+        if leaf == "weight" and len(shape) == 2:
+            kind = "embedding" if re.search(r"embed|wte|wpe", owner.rpartition(".")[2]) else "linear"
+            modules[owner] = ModuleView(owner, (shape[0], shape[1]), kind)
+    return ModelView({name: modules[name] for name in sorted(modules, key=_natural)}, parameters, config)
+
+
+def _quantized_view(name: str, fact: Mapping[str, Any], latent: bool) -> ModuleView:
+    rows, columns = fact["shape"]
+    adapter = (fact["adapter"] or {"rank": 0})["rank"]
+    return ModuleView(name, (rows, columns), "linear", fact["state"], fact["scheme"], adapter, latent)
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """A sort key that counts: the numbers in a name compare as numbers."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
