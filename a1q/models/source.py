@@ -1,0 +1,104 @@
+"""Where a recipe's `model:` comes from: the built-in model, a folder, or the Hub. No torch."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path
+
+from a1q.engine.artifact import Artifact
+from a1q.engine.digests import content_digest
+from a1q.errors import MismatchError, StageError
+from a1q.models.view import read_view
+
+BUILTIN = {"builtin:pico": Path(__file__).parent / "pico"}
+OFFLINE = "offline, `builtin:pico` and folders work"
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+CONTENT = ("*.json", "*.jinja", "*.txt", "*.model")
+"""Files beside the weights that decide what a model computes: config, tokenizer, template."""
+
+
+def resolve_source(source: str, revision: str | None = None, *, trust_remote_code: bool = False) -> Artifact:
+    """Find a model and its content digest.
+
+    Args:
+        source: `builtin:NAME`, a folder in Hugging Face layout (an a1q model artifact is one), or a Hub id.
+        revision: branch, tag or commit on the Hub.
+        trust_remote_code: accept a model whose config asks for code of its own.
+
+    Returns:
+        An artifact of kind `model` whose path is the folder; its meta names source and revision.
+
+    Raises:
+        MismatchError: if there is no such model, the Hub can't be reached, the weights are not whole or not in
+            safetensors, or the model wants code of its own to be run.
+    """
+    folder, found_revision = _folder(source, revision)
+    try:
+        config = read_view(folder).config
+        _check_shards(folder)
+    except StageError as error:
+        pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
+        hint = f"; {', '.join(pickles)} would have to be unpickled and is not read" if pickles else ""
+        raise MismatchError(f"model {source}: {error}{hint}") from None
+    if "auto_map" in config and not trust_remote_code:
+        raise MismatchError(f"model {source} wants to run code of its own; allow that with --trust-remote-code")
+    beside = [path.name for pattern in CONTENT for path in folder.glob(pattern) if path.name != "artifact.json"]
+    digest = content_digest(folder, {*(path.name for path in folder.glob("*.safetensors")), *beside})
+    return Artifact("model", folder, digest, {"source": source, "revision": found_revision})
+
+
+def _check_shards(folder: Path) -> None:
+    """Refuse a sharded model of which a shard is missing.
+
+    Raises:
+        StageError: naming it.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise StageError(f"{index} is damaged") from None
+        missing = [name for name in shards if not (folder / name).is_file()]
+        if missing:
+            raise StageError(f"{folder} lacks {', '.join(missing)}, which its index names")
+
+
+def _folder(source: str, revision: str | None) -> tuple[Path, str | None]:
+    """The model's folder on this machine, and the commit if it came from the Hub."""
+    if source.startswith("builtin:"):
+        if source in BUILTIN:
+            return BUILTIN[source], None
+        near = difflib.get_close_matches(source, BUILTIN, 1) or sorted(BUILTIN)
+        raise MismatchError(f"there is no built-in model {source!r}; did you mean {near[0]!r}?")
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path.resolve(), None
+    looks_local = path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1 or path.exists()
+    if looks_local:
+        if path.exists():
+            raise MismatchError(f"model {source}: not a folder")
+        names = [item.name for item in path.parent.iterdir()] if path.parent.is_dir() else []
+        near = difflib.get_close_matches(path.name, names, 1)
+        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+        raise MismatchError(f"model {source}: no such folder{hint}")
+    return _from_hub(source, revision)
+
+
+def _from_hub(source: str, revision: str | None) -> tuple[Path, str | None]:
+    """Download, or find in the Hub's cache, the safetensors, config and tokenizer of a model."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(source, revision=revision, allow_patterns=["*.safetensors", *CONTENT]))
+    except HFValidationError:
+        raise MismatchError(f"model {source!r} is neither a folder nor a Hub id; {OFFLINE}") from None
+    except (LocalEntryNotFoundError, ConnectionError, TimeoutError) as error:
+        raise MismatchError(f"model {source} is not on this machine and the Hub can't be reached; {OFFLINE}") from error
+    except RepositoryNotFoundError:
+        raise MismatchError(f"model {source}: the Hub has no such model, or it is private") from None
+    except OSError as error:
+        raise MismatchError(f"model {source}: the Hub can't be reached ({type(error).__name__}); {OFFLINE}") from error
+    return folder, folder.name
