@@ -1,0 +1,147 @@
+"""Documents of one split, and token sequences of fixed length made from them."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from a1q.data.records import Record, records
+from a1q.data.split import SPLITS, side_of
+from a1q.errors import MismatchError, Problem, StageError
+
+if TYPE_CHECKING:
+    import numpy
+    from tokenizers import Tokenizer
+
+DEFAULT_HOLDOUT = 0.05
+BATCH = 512
+"""Documents encoded at once."""
+
+
+def documents(config: Mapping[str, Any], split: str) -> Iterator[str]:
+    """The documents of one side, in the source's order. A conversation is its contents, one paragraph a message.
+
+    Args:
+        config: a data entry: `source`, optionally `format`, `column`, `holdout`, `revision`.
+        split: `train`, `tune` or `test`.
+
+    Raises:
+        StageError: if the source can't be read.
+        MismatchError: if there is no such source, or the Hub can't be reached.
+    """
+    for record in _side(config, split):
+        yield record.text or "\n\n".join(message["content"] for message in record.messages)
+
+
+def token_sequences(
+    config: Mapping[str, Any], tokenizer_folder: Path, split: str, seq_len: int, count: int | None, seed: int
+) -> numpy.ndarray:
+    """Token sequences of one side: documents shuffled by `seed`, joined by the end-of-text token, cut in blocks.
+
+    Args:
+        config: a data entry.
+        tokenizer_folder: a model's folder with tokenizer.json; conversations also need its chat template.
+        count: how many sequences; None for all there are.
+        seed: of the order; the sequences for a smaller count are the first of those for a larger one.
+
+    Returns:
+        int32 [count, seq_len].
+
+    Raises:
+        StageError: if the text is not long enough; the message says for how many sequences it is.
+        MismatchError: if the tokenizer has no end-of-text token, or no chat template for conversations.
+    """
+    import numpy
+
+    tokenizer, end = load_tokenizer(tokenizer_folder)
+    found = list(_side(config, split))
+    random.Random(f"{seed}/{split}").shuffle(found)
+    text_of = _renderer(tokenizer_folder)
+    wanted = None if count is None else count * seq_len
+    parts: list[numpy.ndarray] = []
+    size = 0
+    for start in range(0, len(found), BATCH):
+        texts = [text_of(record) for record in found[start : start + BATCH]]
+        for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False):
+            parts.append(numpy.array([*encoding.ids, end], dtype=numpy.int32))
+            size += len(parts[-1])
+        if wanted is not None and size >= wanted:
+            break
+    rows = size // seq_len if count is None else count
+    if rows * seq_len > size or rows == 0:
+        raise StageError(
+            f"the {split} side of {config['source']} has text for {size // seq_len} sequences of {seq_len} tokens, "
+            f"and {'at least 1' if count is None else count} were asked for; "
+            "ask for fewer or shorter ones, or name more text"
+        )
+    return numpy.concatenate(parts)[: rows * seq_len].reshape(rows, seq_len)
+
+
+def load_tokenizer(folder: Path) -> tuple[Tokenizer, int]:
+    """The tokenizer of a model's folder and the id of its end-of-text token.
+
+    Raises:
+        MismatchError: if there is no tokenizer.json, or it has no end-of-text token.
+    """
+    from tokenizers import Tokenizer
+
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise MismatchError([Problem(f"{folder} has no tokenizer.json", hint="a1q needs the fast tokenizer's file")])
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    end = _end_of_text(folder, tokenizer)
+    if end is None:
+        raise MismatchError([Problem(f"the tokenizer in {folder} names no end-of-text token (eos_token)")])
+    return tokenizer, end
+
+
+def _end_of_text(folder: Path, tokenizer: Tokenizer) -> int | None:
+    token = _read_json(folder / "tokenizer_config.json").get("eos_token")
+    if isinstance(token, Mapping):
+        token = token.get("content")
+    if token and tokenizer.token_to_id(token) is not None:
+        return tokenizer.token_to_id(token)
+    number = _read_json(folder / "config.json").get("eos_token_id")
+    if isinstance(number, Sequence):
+        number = next(iter(number), None)
+    return number if isinstance(number, int) else None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _side(config: Mapping[str, Any], split: str) -> Iterator[Record]:
+    if split not in SPLITS:
+        raise ValueError(f"no split {split!r}; there are {', '.join(SPLITS)}")
+    holdout = config.get("holdout", DEFAULT_HOLDOUT)
+    return (record for record in records(config) if side_of(record.place, holdout) == split)
+
+
+def _renderer(folder: Path) -> Callable[[Record], str]:
+    """How a record becomes the text to encode; transformers is imported when the first conversation comes."""
+    chat: list[Any] = []
+
+    def text_of(record: Record) -> str:
+        if not record.messages:
+            return record.text
+        if not chat:
+            chat.append(_chat_tokenizer(folder))
+        return chat[0].apply_chat_template([dict(item) for item in record.messages], tokenize=False)
+
+    return text_of
+
+
+def _chat_tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if tokenizer.chat_template is None:
+        hint = "use `format: text`, or a model that was trained to chat"
+        raise MismatchError([Problem(f"the tokenizer in {folder} has no chat template", hint=hint)])
+    return tokenizer
