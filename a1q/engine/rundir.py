@@ -147,8 +147,10 @@ class RunFolder:
         if self._progress is None:
             path = self.progress_file(event["id"])
             path.parent.mkdir(exist_ok=True)
-            earlier = [line for line in read_lines(path) if line.get("step", 0) < event["step"]]
             # A resumed stage repeats the steps after its checkpoint: each step stays once.
+            earlier = list(read_lines(path))
+            same = [index for index, line in enumerate(earlier) if _step(line) == _step(event)]
+            earlier = earlier[: same[-1]] if same else earlier if event["step"] > 1 else []
             write_atomic(path, "".join(json.dumps(line) + "\n" for line in earlier))
             self._progress = path.open("a", encoding="utf-8")
         line = {name: value for name, value in event.items() if name not in ("event", "id")}
@@ -235,6 +237,11 @@ def _holds(target: Path, files: Mapping[str, Any]) -> bool:
         path.stat().st_size == files[name]["size"] and sha256_file(path) == files[name]["sha256"]
         for name, path in there.items()
     )
+
+
+def _step(event: Mapping[str, Any]) -> tuple[Any, Any]:
+    """What tells one line of progress from another; a stage of two phases counts to two totals."""
+    return event.get("step"), event.get("total")
 
 
 def read_report(folder: Path) -> dict[str, Any] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -166,6 +167,28 @@ def test_a_full_disk_under_the_run_folder_is_a_users_error(tmp_path: Path, monke
     with pytest.raises(A1QError, match=r"no space left in .*run: [\d,]+ bytes free"):
         run_plan(plan_of(chain(1)), tmp_path / "run")
     assert report(tmp_path / "run")["status"] == "failed"
+
+
+def test_a_disk_that_is_really_full_and_then_is_not(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+
+    def mount(options: str) -> bool:
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(home)]
+        return shutil.which("mount") is not None and not subprocess.run(command, capture_output=True).returncode
+
+    if not mount("size=512k"):
+        pytest.skip("mounting a small file system is not permitted here")
+    try:
+        big = stage("s1", {"call": lambda ctx: (ctx.out / "big").write_bytes(b"x" * 2_000_000)}, cls=Call)
+        with pytest.raises(StageError, match=r"s1: no space left in .*home: [\d,]+ bytes free"):
+            run_plan(plan_of((big,)), tmp_path / "run")
+        assert not list((home / "store").rglob("*")) and not list((home / "tmp").iterdir())
+        assert mount("remount,size=4m")
+        run_plan(plan_of((big,)), tmp_path / "run")
+        assert report(tmp_path / "run")["status"] == "done"
+    finally:
+        subprocess.run(["umount", str(home)], check=True)
 
 
 def test_stages_see_their_own_seed_inputs_and_an_empty_folder(tmp_path: Path) -> None:

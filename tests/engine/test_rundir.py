@@ -100,7 +100,9 @@ def test_progress_of_a_resumed_stage_has_every_step_once(tmp_path: Path) -> None
     path = tmp_path / "run" / "metrics" / "s1.jsonl"
     path.parent.mkdir(parents=True)
     (tmp_path / "run" / ".lock").touch()
-    path.write_text("".join(json.dumps({"step": step, "old": True}) + "\n" for step in range(1, 6)) + '{"st')
+    path.write_text(
+        "".join(json.dumps({"step": step, "total": 6, "old": True}) + "\n" for step in range(1, 6)) + '{"st'
+    )
 
     from a1q.engine.cachekey import key_of, key_parts
 
