@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from a1q.engine.artifact import BESIDE, Artifact
@@ -29,13 +29,12 @@ class PackedExporter(Exporter):
         return []
 
     def estimate(self, view: Any, config: PackedConfig) -> int:
-        """Quantized modules at their bits, the rest at the four bytes an unsnapped model may have."""
-        from a1q.quant.bits import module_bits
+        """The size of the weights on disk."""
+        from a1q.quant.bits import disk_bytes
 
-        quantized = [module for module in view.modules.values() if module.scheme is not None]
-        numbers = sum(module.shape[0] * module.shape[1] for module in quantized)
-        latent = 4 * numbers if config.latent == "keep" else 0
-        return sum(module_bits(module) for module in quantized) // 8 + 4 * (view.parameters - numbers) + latent
+        if config.latent == "drop":
+            view = view.replace({name: replace(module, latent=False) for name, module in view.modules.items()})
+        return disk_bytes(view)
 
     def export(self, model: Artifact, config: PackedConfig, ctx: StageContext) -> None:
         """Write the folder."""
