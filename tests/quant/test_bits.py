@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.tiny import tiny_model
 
 from a1q.models.checkpoint import save_model
 from a1q.models.view import ModelView, ModuleView, read_safetensors_header, read_view
 from a1q.quant.bits import bpw, bpw_model, disk_bytes, module_bits
 from a1q.quant.linear import QuantLinear, quantized_modules, swap_module
+from tests.tiny import tiny_model
 
 SPEC = {"scheme": "lut_lowrank", "bits": 2, "rank": 1}
 

@@ -1,5 +1,7 @@
 """Fits of the low-rank form: descent, exact recovery, the published start."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -32,7 +34,7 @@ def test_als_never_raises_the_weighted_error(seed, bits, rank, learn_lut, rows, 
     errors: list[float] = []
     fit = lowrank.als(weight, importance, bits, rank, learn_lut, 8, errors)
     assert len(errors) == 9
-    for before, after in zip(errors, errors[1:], strict=False):
+    for before, after in itertools.pairwise(errors):
         assert after <= before * (1 + 1e-9)
     assert errors[-1] == pytest.approx(lowrank.weighted_error(weight, fit.weight(), importance))
     assert bool((fit.lut[1:] >= fit.lut[:-1]).all())
