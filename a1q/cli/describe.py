@@ -88,10 +88,12 @@ def _resolved(root: Mapping[str, Any], rule: Mapping[str, Any]) -> Mapping[str, 
 
 def _input(spec: Mapping[str, Any]) -> str:
     where = "`from`" if spec["at"] == "from" else f"`{spec['at']}`"
-    default = "the recipe's model" if spec.get("default") == "source" else "the nearest earlier one"
-    if spec.get("optional") and "default" not in spec:
-        default = "none"
-    return f"an artifact of kind {spec['kind']}, named by {where}; default: {default}"
+    text = f"an artifact of kind {spec['kind']}, named by {where}"
+    if spec.get("default") == "source":
+        return f"{text}; default: the recipe's model"
+    if spec["at"] == "from" or spec.get("default") == "nearest":
+        return f"{text}; default: the nearest earlier one"
+    return f"{text}; optional" if spec.get("optional") else text
 
 
 def _type(root: Mapping[str, Any], rule: Mapping[str, Any]) -> str:

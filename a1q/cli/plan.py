@@ -128,9 +128,8 @@ def _lines(facts: dict[str, Any]) -> Iterator[str]:
         inputs = ", ".join(f"{name}: {found}" for name, found in stage["inputs"].items() if found is not None)
         cost = f"{size(stage['disk_bytes'])} disk, {size(stage['memory_bytes'])} memory"
         yield f"\n{number:3}  {stage['id']}: {stage['stage']} ({inputs or 'no input'}) -> {stage['output']}    {cost}"
-        for group, modules in stage["modules"].items():
-            yield f"       {group}: {len(modules)} modules: {', '.join(summarize(modules))}"
-        for note in stage["notes"]:
+        groups = [f"{name}: {', '.join(summarize(modules))}" for name, modules in stage["modules"].items()]
+        for note in stage["notes"] or groups:  # stages that fit or train modules say themselves which
             yield f"       {note}"
     disk, memory = facts["disk"], facts["memory"]
     yield f"\ndisk    {size(disk['expected'])} expected, {size(disk['free'])} free at {disk['folder']}"

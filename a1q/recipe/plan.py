@@ -16,7 +16,7 @@ from a1q.errors import A1QError, MismatchError, Problem, RecipeError
 from a1q.models.view import ModelView
 from a1q.recipe.paths import Path, find, indexed
 from a1q.recipe.recipe import Recipe, StageSpec
-from a1q.recipe.runtime import resolve_runtime
+from a1q.recipe.runtime import refusal, resolve_runtime
 
 WRONG_RECIPE = 2
 """Exit code that tells a wrong recipe from one that does not fit."""
@@ -60,6 +60,9 @@ class _Planner:
             found = self.model(recipe.model, ("model", "source"))
             if found:
                 source, self.views[SOURCE] = found
+        if message := refusal(recipe.runtime["device"]):
+            hint = "use `runtime: {device: auto}` or --set runtime.device=cpu"
+            self.unfit.append(recipe.problem(("runtime", "device"), message, hint))
         planned = [item for spec in recipe.stages if (item := self.stage(spec, data)) is not None]
         if self.wrong:
             raise RecipeError(_ordered(self.wrong + self.unfit))

@@ -26,6 +26,18 @@ def resolve_runtime(written: Mapping[str, Any]) -> Runtime:
     return Runtime(device=device, amp=amp, params=written["params"], threads=threads)
 
 
+def refusal(device: str) -> str:
+    """Why this machine certainly lacks a device, or an empty string where only torch can tell."""
+    mac = platform.system() == "Darwin"
+    if device == "mps" and not mac:
+        return "mps is Apple's, and this machine is not a Mac"
+    if device == "cuda" and mac:
+        return "a Mac has no cuda"
+    if device == "cuda" and _torch_without_cuda():
+        return "the installed torch is built without cuda"
+    return ""
+
+
 def available_threads() -> int:
     """Processors that this process may use."""
     if hasattr(os, "sched_getaffinity"):

@@ -31,8 +31,8 @@ _TYPES = {
 }
 _BOUNDS = {
     "minimum": "at least",
-    "maximum": "at most",
     "exclusiveMinimum": "more than",
+    "maximum": "at most",
     "exclusiveMaximum": "less than",
     "multipleOf": "a multiple of",
 }

@@ -13,11 +13,11 @@ from safetensors.numpy import save_file
 from a1q.engine.registry import Registry
 from a1q.engine.stage import Outcome, PlanContext, Stage, StageContext
 
-HIDDEN, MLP, LAYERS = 16, 32, 2
+HIDDEN, MLP, HEAD = 64, 96, 32
 
 
-def header_model(folder: Path) -> Path:
-    """A Hugging Face folder of a two-layer Qwen3 with tied embeddings, all weights zero."""
+def header_model(folder: Path, layers: int = 2) -> Path:
+    """A Hugging Face folder of a small Qwen3 with tied embeddings, all weights zero."""
     from tests.tiny import write_tokenizer
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -27,20 +27,20 @@ def header_model(folder: Path) -> Path:
         "vocab_size": 320,
         "hidden_size": HIDDEN,
         "intermediate_size": MLP,
-        "num_hidden_layers": LAYERS,
+        "num_hidden_layers": layers,
         "num_attention_heads": 2,
         "num_key_value_heads": 1,
-        "head_dim": 8,
+        "head_dim": HEAD,
         "max_position_embeddings": 2048,
         "tie_word_embeddings": True,
         "torch_dtype": "float32",
     }
-    shapes = {"q": (16, HIDDEN), "k": (8, HIDDEN), "v": (8, HIDDEN), "o": (HIDDEN, 16)}
+    shapes = {"q": (2 * HEAD, HIDDEN), "k": (HEAD, HIDDEN), "v": (HEAD, HIDDEN), "o": (HIDDEN, 2 * HEAD)}
     tensors: dict[str, Any] = {"model.embed_tokens.weight": (320, HIDDEN), "model.norm.weight": (HIDDEN,)}
-    for layer in range(LAYERS):
+    for layer in range(layers):
         base = f"model.layers.{layer}"
         tensors |= {f"{base}.self_attn.{name}_proj.weight": shape for name, shape in shapes.items()}
-        tensors |= {f"{base}.self_attn.{name}_norm.weight": (8,) for name in "qk"}
+        tensors |= {f"{base}.self_attn.{name}_norm.weight": (HEAD,) for name in "qk"}
         tensors |= {f"{base}.mlp.{name}_proj.weight": (MLP, HIDDEN) for name in ("gate", "up")}
         tensors[f"{base}.mlp.down_proj.weight"] = (HIDDEN, MLP)
         tensors |= {f"{base}.{name}_layernorm.weight": (HIDDEN,) for name in ("input", "post_attention")}

@@ -116,6 +116,20 @@ def test_a_problem_of_a_source_is_shown_at_the_source(plan):
     assert (problem.column, problem.path, problem.hint) == (17, "model.source", "look again")
 
 
+def test_a_device_that_can_not_be_here_is_refused(plan, monkeypatch):
+    monkeypatch.setattr(runtime.platform, "system", lambda: "Linux")
+    with pytest.raises(MismatchError, match="not a Mac") as caught:
+        plan(RECIPE.replace("device: cpu", "device: mps"))
+    [problem] = caught.value.problems
+    assert (problem.line, problem.path) == (4, "runtime.device")
+    monkeypatch.setattr(runtime, "version", lambda name: "2.9.0+cpu")
+    assert "without cuda" in runtime.refusal("cuda")
+    monkeypatch.setattr(runtime, "version", lambda name: "2.9.0")
+    assert runtime.refusal("cuda") == runtime.refusal("cpu") == ""
+    monkeypatch.setattr(runtime.platform, "system", lambda: "Darwin")
+    assert "Mac" in runtime.refusal("cuda")
+
+
 def written(**changes):
     return {"device": "auto", "amp": "auto", "params": "fp32", "threads": "auto", **changes}
 

@@ -1,0 +1,81 @@
+"""`a1q plan`: every shipped recipe fits its model, and what is printed is what would run."""
+
+import json
+import re
+
+import pytest
+
+from a1q.recipe import load_recipe, shipped_recipes
+from tests.cli.support import a1q
+from tests.cli.test_validate import loaded_by
+from tests.recipe.fakes import fake_registry, header_model
+
+HEAVY = ("torch", "transformers", "coremltools", "datasets", "peft", "tokenizers")
+
+
+@pytest.fixture(autouse=True)
+def offline(tmp_path, monkeypatch):
+    monkeypatch.setenv("A1Q_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return header_model(tmp_path_factory.mktemp("model") / "tiny", layers=4)
+
+
+@pytest.fixture(scope="module")
+def deep_model(tmp_path_factory):
+    """As many layers as Qwen3-0.6B."""
+    return header_model(tmp_path_factory.mktemp("model") / "deep", layers=28)
+
+
+@pytest.mark.parametrize("name", sorted(shipped_recipes()))
+def test_shipped_recipes_can_be_planned(name, deep_model):
+    source = (load_recipe(name, registry=fake_registry()).model or {}).get("source", "")
+    elsewhere = source and not source.startswith("builtin:")
+    result = a1q("plan", name, *(["--set", f"model.source={deep_model}"] if elsewhere else []))
+    assert result.exit_code == 0, result.output
+
+
+def test_the_demo_on_a_model_folder(model):
+    result = a1q("plan", "q4_to_q2", "--set", f"model.source={model}")
+    assert result.exit_code == 0, result.output
+    lines = result.output.splitlines()
+    numbered = [match.groups() for line in lines if (match := re.match(r" +(\d+)  (\w+): (\w+) ", line))]
+    ids = ["teacher", "q4", "q4_train", "q2", "q2_train", "recover", "final", "check", "hf", "ane"]
+    assert [item[:2] for item in numbered] == [(str(number), name) for number, name in enumerate(ids, 1)]
+    assert "model.layers.{0..3}.mlp.gate_proj" in result.output
+    assert re.search(r"^disk +\S+ \wB expected, \S+ \wB free at ", result.output, re.MULTILINE)
+    assert re.search(r"^memory +\S+ \wB expected at most", result.output, re.MULTILINE)
+
+
+def test_json_tells_modules_and_costs(model):
+    result = a1q("plan", "q4_to_q2", "--set", f"model.source={model}", "--json")
+    document = json.loads(result.stdout)
+    stages = {stage["id"]: stage for stage in document["stages"]}
+    assert len(stages["q4"]["modules"]["mlp"]) == 12
+    assert len(stages["q4"]["modules"]["attn"]) == 16
+    assert stages["q2_train"]["inputs"] == {"model": "q2", "teacher": "teacher"}
+    assert document["disk"]["expected"] == sum(stage["disk_bytes"] for stage in stages.values()) > 0
+    assert document["memory"]["expected"] == max(stage["memory_bytes"] for stage in stages.values()) > 0
+    assert document["disk"]["free"] > 0
+
+
+def test_smoke_plans_the_tiny_run(model):
+    full, smoke = (
+        json.loads(a1q("plan", "q4_to_q2", "--set", f"model.source={model}", "--json", *flag).stdout)
+        for flag in ([], ["--smoke"])
+    )
+    assert smoke["disk"]["expected"] < full["disk"]["expected"]
+
+
+def test_a_mismatch_is_exit_code_3_also_as_json(model):
+    result = a1q("plan", "q4_to_q2", "--set", f"model.source={model}", "--set", "groups.mlp.expect=13", "--json")
+    assert result.exit_code == 3
+    [problem] = json.loads(result.stdout)["problems"]
+    assert problem["path"] == "stages.q4.rules.mlp"
+
+
+def test_nothing_heavy_is_loaded(model):
+    assert loaded_by("plan", "q4_to_q2", "--set", f"model.source={model}", heavy=HEAVY) == [0, []]
