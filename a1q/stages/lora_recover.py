@@ -11,7 +11,7 @@ from a1q.engine.matching import summarize
 from a1q.engine.stage import Outcome, PlanContext, Stage, StageContext
 from a1q.errors import StageError
 from a1q.training.distillation import BatchConfig, Distillation, Objective
-from a1q.training.planning import activation_bytes, check_teacher, model_bytes, quantized_targets, weight_count
+from a1q.training.planning import activation_bytes, check_teacher, listed, model_bytes, quantized_targets, weight_count
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -77,7 +77,7 @@ class LoraRecoverStage(Stage):
             view=view,
             disk_bytes=model_bytes(view, view.modules) + kept,
             memory_bytes=memory,
-            notes=(f"rank {config.rank} on {', '.join(summarize(targets))}",) if targets else (),
+            notes=(f"rank {config.rank} on {len(targets)} modules", *listed(targets)) if targets else (),
         )
 
     def run(self, ctx: StageContext) -> None:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from a1q.engine.matching import summarize
 from a1q.engine.stage import Outcome, PlanContext, Stage, StageContext
 from a1q.models.view import QUANTIZED, ModelView
 from a1q.training.distillation import BatchConfig, Distillation, Objective
-from a1q.training.planning import activation_bytes, check_teacher, model_bytes, quantized_targets, weight_count
+from a1q.training.planning import activation_bytes, check_teacher, listed, model_bytes, quantized_targets, weight_count
 
 
 @dataclass(frozen=True)
@@ -71,11 +70,11 @@ class TrainStage(Stage):
             view=view,
             disk_bytes=model_bytes(view, _latents(view, set(targets), weights)),
             memory_bytes=memory,
-            notes=(f"trains {', '.join(config.trainable)} of {', '.join(summarize(targets))}",),
+            notes=(f"trains {', '.join(config.trainable)} of {len(targets)} modules", *listed(targets)),
         )
 
     def run(self, ctx: StageContext) -> None:
-        """Train, keep the best, write the model; metrics: held-out KL at start, end and best, speed.
+        """Train, keep the best, write the model; metrics: held-out KL before and of what is kept, losses, speed.
 
         Raises:
             StageError: if too many steps in a row are not finite, or nothing is left to train.
@@ -141,7 +140,10 @@ class TrainStage(Stage):
             if name not in chosen:
                 modules[name].start_latent(latent)
         save_model(model, ctx.out, tokenizer_from=source.path)
-        ctx.metrics.update(result.metrics())
+        after = result.last_tune if config.keep == "last" else result.best_tune
+        if after is not None:
+            ctx.metrics.update(kl_before=result.start_tune, kl_after=after)
+        ctx.metrics.update({name: value for name, value in result.metrics().items() if not name.endswith("_tune")})
 
 
 def _latents(view: ModelView, targets: set[str], weights: bool) -> list[str]:

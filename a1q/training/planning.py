@@ -51,6 +51,11 @@ def check_teacher(ctx: PlanContext, objective: Objective, view: ModelView) -> No
         ctx.mismatch("objective.kd", f"the teacher's vocabulary is {vocabulary}, the student's {own}")
 
 
+def listed(names: Iterable[str]) -> list[str]:
+    """Module names as indented lines of a plan's notes."""
+    return [f"  {name}" for name in summarize(names)]
+
+
 def weight_count(modules: Iterable[ModuleView]) -> int:
     """Number of weights in these modules."""
     return sum(module.shape[0] * module.shape[1] for module in modules)
