@@ -24,7 +24,7 @@ from a1q.engine.artifact import canonical_json, sha256_bytes
 from a1q.engine.digests import content_digest, file_digest
 from a1q.errors import MismatchError, Problem, StageError
 
-SUFFIXES = (".jsonl", ".txt", ".md")
+SUFFIXES = (".jsonl", ".parquet", ".txt", ".md")
 PIECE = 1500
 """Characters after which a .txt or .md file is cut at the next empty line: the split works on such pieces."""
 TEXT_COLUMNS = ("text", "content", "body")
@@ -114,9 +114,8 @@ def _local_path(source: str) -> Path | None:
     path = Path(source).expanduser()
     if path.exists():
         return path
-    if HUB_ID.fullmatch(source) and path.suffix not in SUFFIXES and not path.parent.is_dir():
-        return None
-    if HUB_ID.fullmatch(source) and "/" not in source and not path.suffix:
+    in_a_folder = "/" in source and path.parent.is_dir()
+    if HUB_ID.fullmatch(source) and path.suffix not in SUFFIXES and not in_a_folder:
         return None
     folder = path.parent if path.parent.is_dir() else Path()
     near = difflib.get_close_matches(path.name, [item.name for item in folder.iterdir()], 1)
@@ -149,6 +148,8 @@ def _rows_of_path(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     for file in _files(path):
         if file.suffix == ".jsonl":
             yield from _json_rows(file)
+        elif file.suffix == ".parquet":
+            yield from _parquet_rows(file)
         else:
             for piece in _pieces(_decode(file.read_bytes(), str(file))):
                 yield str(file), {"text": piece}
@@ -168,6 +169,21 @@ def _json_rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
             if not isinstance(row, dict):
                 raise StageError(f'{where} is not a JSON object: every line must be one, such as {{"text": "..."}}')
             yield where, row
+
+
+def _parquet_rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(file) as table:
+            number = 0
+            for batch in table.iter_batches():
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{file}, row {number}", row
+    except (pyarrow.ArrowException, OSError) as error:
+        raise StageError(f"{file} is no whole Parquet file: {error}") from None
 
 
 def _decode(data: bytes, where: str) -> str:
