@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Mapping
 from typing import IO, Any
 
+from a1q.report.summary import main_figures
 from a1q.report.table import duration, figure
 
 LINE_SECONDS = 10.0
@@ -83,10 +84,9 @@ class Lines:
         self._line(f"    {event['id']}: {event['message']}")
 
     def _stage_end(self, event: Mapping[str, Any]) -> None:
-        metrics = ", ".join(f"{name} {figure(item)}" for name, item in event["metrics"].items() if _is_figure(item))
         cached = " from the store" if event["cache"] == "hit" else ""
         text = f"{self._place(event['id'], event['cache'])} {duration(event['seconds'])}{cached}"
-        self._line(f"{text}  {metrics}".rstrip())
+        self._line(f"{text}  {main_figures(event['metrics'])}".rstrip())
 
     def _run_end(self, event: Mapping[str, Any]) -> None:
         if self.live:
@@ -114,7 +114,3 @@ class Lines:
     def _clear(self) -> None:
         if self.live:
             self.stream.write("\r\x1b[K")
-
-
-def _is_figure(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -8,7 +8,10 @@ from typing import Any
 
 from a1q.report.table import duration, figure, table
 
-KEY_METRICS = ("kl", "ppl", "teacher_ppl", "top1", "bpw", "bpw_model", "loss", "tune_loss")
+KEY_METRICS = (
+    *("kl", "kl_before", "kl_after", "kl_refit", "ppl", "teacher_ppl", "top1", "bpw", "bpw_model"),
+    *("cosine", "cosine_fp32", "cosine_fp16", "loss", "bytes"),
+)
 """Shown first, in this order."""
 SHOWN = 5
 
@@ -16,7 +19,7 @@ SHOWN = 5
 def summary(report: Mapping[str, Any], folder: Path) -> str:
     """Stages with seconds, hit or miss and main figures; then the exports and how the run ended."""
     rows = [
-        [item["id"], item["stage"], item["cache"], duration(item["seconds"]), _metrics(item["metrics"])]
+        [item["id"], item["stage"], item["cache"], duration(item["seconds"]), main_figures(item["metrics"])]
         for item in report["stages"]
     ]
     lines = [table(["stage", "type", "cache", "time", "figures"], rows, right=[3])] if rows else []
@@ -32,7 +35,8 @@ def ending(report: Mapping[str, Any]) -> str:
     return f"{report['status']}{took}{place}{error}"
 
 
-def _metrics(metrics: Mapping[str, Any]) -> str:
+def main_figures(metrics: Mapping[str, Any]) -> str:
+    """The first `SHOWN` numbers among a stage's metrics, and how many more there are."""
     flat = {
         name: item for name, item in metrics.items() if isinstance(item, int | float) and not isinstance(item, bool)
     }

@@ -50,7 +50,7 @@ def test_plain_lines_are_few_and_say_what_is_needed(clock: Clock) -> None:
     play(Lines(stream), clock)
     lines = stream.getvalue().splitlines()
     assert lines[0] == "demo: 2 stages in runs/demo"
-    assert " ".join(lines[2].split()) == "= [1/2] teacher kd 0.4 s from the store sequences 2,048, kl 0.01"
+    assert " ".join(lines[2].split()) == "= [1/2] teacher kd 0.4 s from the store kl 0.01 sequences 2,048"
     assert "running (changed: options.steps)" in lines[3]
     progress = [line for line in lines if "step " in line]
     assert [line.split("step ")[1].split("/")[0] for line in progress] == ["11", "21", "31", "41", "51"]
