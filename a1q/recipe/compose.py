@@ -11,17 +11,16 @@ from pathlib import Path as FilePath
 
 from a1q.errors import Problem, RecipeError, UsageError
 from a1q.recipe import paths
-from a1q.recipe.text import Node, Place, kind_of, parse_recipe, parse_value
+from a1q.recipe.text import Node, Place, kind_of, parse_recipe, parse_value, shortened
 
 USING_KEYS = ("a1q", "name", "use", "set", "unset")
 """Keys of a recipe that uses another one; everything else is changed through `set`."""
 MAX_TEXT = 10_000
 """Longest text that `${...}` may build."""
+Reader = Callable[[str, FilePath], tuple[FilePath, bytes]]
 
 
-def compose(
-    file: FilePath, root: Node, sets: Sequence[str], unsets: Sequence[str], locate: Callable[[str, FilePath], FilePath]
-) -> Node:
+def compose(file: FilePath, root: Node, sets: Sequence[str], unsets: Sequence[str], read: Reader) -> Node:
     """Apply what a recipe uses, sets and unsets, then what the command line does, then references.
 
     Args:
@@ -29,19 +28,19 @@ def compose(
         root: its parsed text; changed in place where it uses no other.
         sets: `PATH=VALUE` of each `--set`.
         unsets: `PATH` of each `--unset`.
-        locate: finds a recipe by the name written in `use` and the folder to start from.
+        read: finds and reads a recipe by the name written in `use` and the folder to start from.
 
     Raises:
         RecipeError, UsageError: with every problem of the same step at once.
     """
     problems: list[Problem] = []
     if "use" in root.entries:
-        root = _used(file, root.entries, locate, problems)
+        root = _used(file, root.entries, read, problems)
     for key in ("set", "unset"):
         if key in root.entries:
             problems.append(_problem(root.entries[key], key, f"`{key}` stands only beside `use`"))
     if problems:
-        raise RecipeError(problems)
+        raise RecipeError(shortened(problems))
     for item in sets:
         dotted, equals, text = item.partition("=")
         if not equals:
@@ -53,7 +52,7 @@ def compose(
     if not problems:
         _References(root, problems).resolve()
     if problems:
-        raise RecipeError(problems)
+        raise RecipeError(shortened(problems))
     return root
 
 
@@ -103,9 +102,7 @@ def remove(root: Node, dotted: str, place: Place, problems: list[Problem]) -> No
         del parent.entries[str(last)]
 
 
-def _used(
-    file: FilePath, root: dict[str, Node], locate: Callable[[str, FilePath], FilePath], problems: list[Problem]
-) -> Node:
+def _used(file: FilePath, root: dict[str, Node], read: Reader, problems: list[Problem]) -> Node:
     """The recipe that `use` names, with this file's `set` and `unset` applied."""
     use = root["use"]
     for key, node in root.items():
@@ -116,11 +113,11 @@ def _used(
         problems.append(_problem(use, "use", f"expected the file of a recipe, found {kind_of(use.plain())}"))
         return Node({}, use.place)
     try:
-        used_file = locate(use.value, file.parent)
+        used_file, data = read(use.value, file.parent)
     except UsageError as error:
         problems.append(_problem(use, "use", str(error)))
         return Node({}, use.place)
-    base = parse_recipe(used_file.read_bytes(), str(used_file))
+    base = parse_recipe(data, str(used_file))
     for key in ("use", "set", "unset"):
         if key in base.entries:
             problems.append(

@@ -10,7 +10,7 @@ from a1q.errors import UsageError
 from a1q.recipe.compose import compose
 from a1q.recipe.paths import suggest
 from a1q.recipe.recipe import Recipe
-from a1q.recipe.text import parse_recipe
+from a1q.recipe.text import MAX_BYTES, parse_recipe
 from a1q.recipe.validate import validate
 
 SHIPPED = ROOT / "recipes"
@@ -31,12 +31,25 @@ def load_recipe(
         RecipeError: with all root problems at once, each at its place.
         UsageError: if there is no such recipe, or an override is not PATH=VALUE.
     """
-    file = find_recipe(str(name), Path())
-    data = _read(file)
+    file, data = read_recipe(str(name), Path())
     root = parse_recipe(data, str(file))
     text = data.decode("utf-8-sig")
-    root = compose(file, root, sets, unsets, find_recipe)
+    root = compose(file, root, sets, unsets, read_recipe)
     return validate(str(file), text, root, registry)
+
+
+def read_recipe(name: str, folder: Path) -> tuple[Path, bytes]:
+    """Find a recipe and read its bytes, one more than are allowed at most.
+
+    Raises:
+        UsageError: if there is none, or it can't be read.
+    """
+    file = find_recipe(name, folder)
+    try:
+        with open(file, "rb") as handle:
+            return file, handle.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise UsageError(f"{file} can't be read: {error.strerror}") from None
 
 
 def find_recipe(name: str, folder: Path) -> Path:
@@ -47,7 +60,7 @@ def find_recipe(name: str, folder: Path) -> Path:
     """
     asked = Path(name)
     for candidate in (folder / asked, folder / f"{name}.yaml"):
-        if candidate.is_file() or (candidate.exists() and not candidate.is_dir()):
+        if candidate.is_file():
             return candidate
     shipped = shipped_recipes()
     short = name.removeprefix("recipes/").removesuffix(".yaml")
@@ -62,10 +75,3 @@ def shipped_recipes() -> dict[str, Path]:
     """The recipes that come with a1q, by name: `q4_to_q2`, `qwen3-0.6b/q4_to_q2`."""
     files = sorted(SHIPPED.rglob("*.yaml"))
     return {path.relative_to(SHIPPED).with_suffix("").as_posix(): path for path in files}
-
-
-def _read(file: Path) -> bytes:
-    try:
-        return file.read_bytes()
-    except OSError as error:
-        raise UsageError(f"{file} can't be read: {error.strerror}") from None

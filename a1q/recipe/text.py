@@ -21,6 +21,8 @@ from a1q.errors import Problem, RecipeError
 MAX_BYTES = 128 * 1024
 MAX_NODES = 10_000
 MAX_DEPTH = 50
+MAX_PROBLEMS = 50
+"""More problems than these are counted, not shown."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,14 @@ def parse_value(text: str, origin: str) -> Node:
     return _parse(text.encode("utf-8", "surrogateescape"), origin, Place(origin))
 
 
+def shortened(problems: list[Problem]) -> list[Problem]:
+    """The first problems, as many as anyone reads, and one that counts the rest."""
+    if len(problems) <= MAX_PROBLEMS:
+        return problems
+    more = Problem(f"and {len(problems) - MAX_PROBLEMS} more problems", file=problems[0].file)
+    return [*problems[:MAX_PROBLEMS], more]
+
+
 def kind_of(value: Any) -> str:
     """What a plain value is, in a user's words and with the value itself: `text 'abc'`, `a list`, `nothing`."""
     if value is None:
@@ -129,13 +139,13 @@ def _parse(data: bytes, file: str, fixed: Place | None) -> Node:
     builder = _Builder(file, fixed)
     node = builder.build(root, 0)
     if builder.problems:
-        raise RecipeError(builder.problems)
+        raise RecipeError(shortened(builder.problems))
     return node
 
 
 def _decode(data: bytes, file: str) -> str:
     if len(data) > MAX_BYTES:
-        raise RecipeError([_problem(Place(file), f"a recipe has at most {MAX_BYTES} bytes, this file {len(data)}")])
+        raise RecipeError([_problem(Place(file), f"a recipe has at most {MAX_BYTES} bytes, and this file more")])
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

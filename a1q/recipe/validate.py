@@ -14,9 +14,7 @@ from a1q.recipe import paths
 from a1q.recipe.links import NO_MODEL, Producer, Surroundings, link_data, link_inputs
 from a1q.recipe.recipe import Recipe, StageSpec, problem_at
 from a1q.recipe.schema import Checker, Finding
-from a1q.recipe.text import Node, kind_of
-
-MAX_PROBLEMS = 50
+from a1q.recipe.text import Node, kind_of, shortened
 
 
 def recipe_schema() -> dict[str, Any]:
@@ -60,7 +58,7 @@ class _Validation:
         self.check_patterns()
         specs = self.stages({item.path[0] for item in findings if item.path})
         if self.problems:
-            raise RecipeError(_sorted(self.problems))
+            raise RecipeError(shortened(sorted(self.problems, key=lambda item: (item.line, item.column))))
         filled = self.checker.fill(schema, self.document, set())
         for spec in specs:
             filled["stages"][spec.index] = {"id": spec.id, **_from(spec), spec.type: dict(spec.options)}
@@ -220,12 +218,3 @@ class _Validation:
 
 def _from(spec: StageSpec) -> dict[str, str]:
     return {} if spec.from_ is None else {"from": spec.from_}
-
-
-def _sorted(problems: list[Problem]) -> list[Problem]:
-    """In the order of the text, and not more than anyone reads."""
-    ordered = sorted(problems, key=lambda item: (item.line, item.column))
-    if len(ordered) > MAX_PROBLEMS:
-        more = Problem(f"and {len(ordered) - MAX_PROBLEMS} more problems", file=ordered[0].file)
-        ordered = [*ordered[:MAX_PROBLEMS], more]
-    return ordered

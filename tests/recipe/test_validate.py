@@ -1,8 +1,12 @@
 """Schemas, stage keys, ids and links: every root problem at once, at its place, with the nearest name."""
 
 import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
-from a1q.errors import RecipeError
+from a1q.errors import A1QError, RecipeError
+from a1q.recipe import load_recipe
 from a1q.recipe.schema import Checker, Finding
 from tests.recipe.fakes import fake_registry
 
@@ -163,6 +167,39 @@ def test_many_problems_are_cut(load):
         load(BASE + stages)
     assert len(caught.value.problems) == 51
     assert caught.value.problems[-1].message == "and 30 more problems"
+
+
+ROOT_KEYS = ["a1q", "name", "seed", "runtime", "model", "data", "groups", "stages", "use", "set", "unset", "other"]
+WORDS = st.sampled_from(
+    ["grow", "teach", "export", "quantize", "rules", "scheme", "format", "id", "from", "steps", "mlp", "match"]
+)
+LEAVES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-2, 9),
+    st.floats(-1, 9),
+    WORDS,
+    st.sampled_from(["lut_lowrank", "packed", "../x", ""]),
+)
+SHAPES = st.recursive(
+    LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(WORDS, inner, max_size=4), max_leaves=10
+)
+
+
+@given(
+    st.dictionaries(st.sampled_from(ROOT_KEYS), SHAPES),
+    st.lists(st.dictionaries(WORDS, SHAPES, max_size=3), max_size=4),
+)
+def test_no_mapping_does_more_than_raise_a_recipe_error(tmp_path_factory, root, stages):
+    file = tmp_path_factory.getbasetemp() / "shapes.yaml"
+    file.write_text(yaml.safe_dump({**root, "stages": stages} if stages else root))
+    try:
+        recipe = load_recipe(file, registry=fake_registry())
+    except A1QError as error:
+        assert error.exit_code == 2
+        assert str(error)
+    else:
+        assert len(recipe.stages) == len(stages)
 
 
 SCHEMA = {
