@@ -9,7 +9,7 @@ from a1q.engine.registry import load_registry
 from a1q.errors import MismatchError
 from a1q.models.view import DENSE, QUANTIZED, ModelView, ModuleView
 from a1q.recipe.schema import Checker
-from a1q.stages.eval import EvalStage, failed_gates
+from a1q.stages.eval import COMPARED, OWN, EvalStage, failed_gates
 from a1q.stages.kd import KdStage
 from tests.distill.workspace import as_artifact, model_artifact, plan_stage, run_stage, write_text
 from tests.stages.test_kd import options as kd_options
@@ -131,19 +131,18 @@ def test_plan_tells_the_bits_and_which_gates_on_them_will_fail():
     assert "this gate will fail: bpw is 2.5" in lines and "bpw_model is" not in lines
 
 
-@pytest.mark.parametrize(
-    ("gate", "path", "text", "hint"),
-    [
-        ({"kll": {"max": 1}}, "gate.kll", "no metric 'kll'", "did you mean 'kl'?"),
-        ({"zzz": {"max": 1}}, "gate.zzz", "no metric 'zzz'", "metrics: ppl, bpw"),
-        ({"kl": {"max": 1}}, "gate.kl", "needs a teacher", "against: ID"),
-    ],
-)
-def test_plan_refuses_gates_that_mean_nothing(gate, path, text, hint):
+def test_gates_against_a_teacher_need_one():
+    gate = {name: {"max": 1} for name in OWN + COMPARED}
     _, problems = plan_stage(EvalStage, options(gate=gate), {"model": view()})
-    assert len(problems) == 1
-    found_path, message, found_hint, mismatch = problems[0]
-    assert found_path == path and text in message and hint in found_hint and not mismatch
+    assert [problem[0] for problem in problems] == [f"gate.{name}" for name in COMPARED]
+    for _, message, hint, mismatch in problems:
+        assert "needs a teacher" in message and "against: ID" in hint and not mismatch
+    assert not plan_stage(EvalStage, options(gate=gate, against="teacher"), {"model": view()})[1]
+
+
+def test_a_gate_on_an_unknown_metric_names_the_nearest():
+    (finding,) = check({"data": "text", "gate": {"kll": {"max": 1}}})
+    assert finding.path == ("gate", "kll") and finding.hint == "did you mean 'kl'?"
 
 
 @pytest.mark.parametrize("gate", [{"kl": {}}, {"kl": {"maximum": 1}}, {"kl": {"max": "low"}}, {"kl": 0.02}])
