@@ -16,6 +16,8 @@ from a1q.quant.kmeans import lloyd, quantile_start
 PROXIMAL = 1e-6
 """Weight, relative to the mean diagonal, that pulls a least-squares step towards where it started. It keeps
 singular systems solvable, and the step still never raises the error."""
+STALL = 1e-4
+"""Rounds end once one lowers the error by less than this share."""
 CLIPS = (0.6, 0.7, 0.8, 0.9, 1.0, 1.15, 1.3, 1.5, 1.75, 2.0, 2.5, 3.0, 3.5, 4.0)
 """Largest entry of a fixed LUT in units of the row-and-column rms: what the start tries."""
 
@@ -43,9 +45,8 @@ class Fit:
 
 
 def weighted_error(weight: Tensor, approximation: Tensor, importance: Tensor) -> float:
-    """Σ h_j (W_ij - Ŵ_ij)², summed in float64."""
-    difference = (weight - approximation).double()
-    return float((difference.square() @ importance.double()).sum())
+    """Σ h_j (W_ij - Ŵ_ij)²; rows are summed in float64."""
+    return float(((weight - approximation).square() @ importance).double().sum())
 
 
 def linspace_lut(bits: int, like: Tensor) -> Tensor:
@@ -92,19 +93,22 @@ def als(
     Args:
         weight: [out, in].
         importance: h [in], positive.
-        errors: where given, receives the weighted error after the start and after every round.
+        rounds: at most so many.
+        errors: where given, receives the weighted error of the start and after every round.
     """
     fit = rms_start(weight, importance, bits, learn_lut)
     if rank > 1:
         for _ in range(max(1, rounds // 4)):
             improve(fit, weight, importance, learn_lut)
         widen(fit, weight, importance, rank)
-    if errors is not None:
-        errors.append(weighted_error(weight, fit.weight(), importance))
+    trace = [weighted_error(weight, fit.weight(), importance)]
     for _ in range(rounds):
         improve(fit, weight, importance, learn_lut)
-        if errors is not None:
-            errors.append(weighted_error(weight, fit.weight(), importance))
+        trace.append(weighted_error(weight, fit.weight(), importance))
+        if trace[-1] > (1 - STALL) * trace[-2]:
+            break
+    if errors is not None:
+        errors += trace
     return fit
 
 
@@ -179,13 +183,25 @@ def widen(fit: Fit, weight: Tensor, importance: Tensor, rank: int) -> None:
     """Add ranks along the principal input directions of the error's gradient by S; A there starts at zero."""
     entries = lookup(fit.lut[None], fit.indices)
     gradient = entries * (weight - entries * fit.scale()) * importance
-    _, vectors = torch.linalg.eigh(gradient.double().T @ gradient.double())
     missing = rank - fit.b.shape[0]
-    directions = vectors[:, -missing:].T.flip(0)
-    # An eigenvector's sign is arbitrary: fix it, so that equal inputs give equal bytes.
-    directions = directions * directions.sum(1, keepdim=True).sign()
-    fit.b = torch.cat([fit.b, directions.to(fit.b) * fit.b.norm()])
+    directions = principal_directions(gradient, missing)
+    fit.b = torch.cat([fit.b, directions * fit.b.norm()])
     fit.a = torch.cat([fit.a, fit.a.new_zeros(len(fit.a), missing)], dim=1)
+
+
+def principal_directions(matrix: Tensor, count: int) -> Tensor:
+    """About the first `count` right singular vectors of `matrix` [m, n], as rows [count, n] of unit length.
+
+    Subspace iteration with oversampling (Halko, Martinsson and Tropp, 2011) from a fixed random start.
+    """
+    columns = matrix.shape[1]
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(columns, min(count + 8, columns), generator=generator, dtype=torch.float64).to(matrix)
+    basis = torch.linalg.qr(start).Q
+    for _ in range(4):
+        basis = torch.linalg.qr(matrix.T @ (matrix @ basis)).Q
+    _, _, rotation = torch.linalg.svd(matrix @ basis, full_matrices=False)
+    return rotation[:count] @ basis.T
 
 
 def balance(fit: Fit) -> tuple[Tensor, Tensor, Tensor]:

@@ -33,7 +33,7 @@ def test_als_never_raises_the_weighted_error(seed, bits, rank, learn_lut, rows, 
     weight, importance = random_weight(seed, rows, columns)
     errors: list[float] = []
     fit = lowrank.als(weight, importance, bits, rank, learn_lut, 8, errors)
-    assert len(errors) == 9
+    assert 2 <= len(errors) <= 9
     for before, after in itertools.pairwise(errors):
         assert after <= before * (1 + 1e-9)
     assert errors[-1] == pytest.approx(lowrank.weighted_error(weight, fit.weight(), importance))
