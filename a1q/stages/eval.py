@@ -37,7 +37,7 @@ class EvalStage(Stage):
     Config = EvalConfig
 
     def plan(self, ctx: PlanContext) -> Outcome:
-        """Refuse gates that need a teacher where there is none, and warn of those on bits that will fail: bits are known before anything runs."""
+        """Refuse gates that need a teacher where there is none; warn of those on bits that will fail."""
         config, view = ctx.config, ctx.views["model"]
         for name in config.gate:
             if name in COMPARED and config.against is None:
