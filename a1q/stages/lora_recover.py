@@ -11,7 +11,15 @@ from a1q.engine.matching import summarize
 from a1q.engine.stage import Outcome, PlanContext, Stage, StageContext
 from a1q.errors import StageError
 from a1q.training.distillation import BatchConfig, Distillation, Objective
-from a1q.training.planning import activation_bytes, check_teacher, listed, model_bytes, quantized_targets, weight_count
+from a1q.training.planning import (
+    activation_bytes,
+    check_teacher,
+    checkpoint_note,
+    listed,
+    model_bytes,
+    quantized_targets,
+    weight_count,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,6 +68,8 @@ class LoraRecoverStage(Stage):
             return Outcome()
         targets = quantized_targets(ctx, view, config.groups)
         check_teacher(ctx, config.objective, view)
+        if not targets:
+            return Outcome(view=view)
         sizes = [module.shape for module in targets.values()]
         too_small = [name for name, module in targets.items() if config.rank > min(module.shape)]
         if too_small:
@@ -77,7 +87,7 @@ class LoraRecoverStage(Stage):
             view=view,
             disk_bytes=model_bytes(view, view.modules) + kept,
             memory_bytes=memory,
-            notes=(f"rank {config.rank} on {len(targets)} modules", *listed(targets)) if targets else (),
+            notes=(f"rank {config.rank} on {len(targets)} modules", *listed(targets), checkpoint_note(adapters)),
         )
 
     def run(self, ctx: StageContext) -> None:

@@ -7,7 +7,17 @@ from dataclasses import dataclass
 from a1q.engine.stage import Outcome, PlanContext, Stage, StageContext
 from a1q.models.view import QUANTIZED, ModelView
 from a1q.training.distillation import BatchConfig, Distillation, Objective
-from a1q.training.planning import activation_bytes, check_teacher, listed, model_bytes, quantized_targets, weight_count
+from a1q.training.parameters import NORMS
+from a1q.training.planning import (
+    activation_bytes,
+    check_teacher,
+    checkpoint_note,
+    listed,
+    model_bytes,
+    quantized_targets,
+    trained_count,
+    weight_count,
+)
 
 
 @dataclass(frozen=True)
@@ -62,6 +72,10 @@ class TrainStage(Stage):
         if not targets:
             return Outcome(view=view)
         count, weights = weight_count(targets.values()), "weights" in config.trainable
+        trained = trained_count(targets.values(), config.trainable)
+        if not trained and NORMS not in config.trainable:
+            sets = ", ".join(config.trainable)
+            ctx.recipe_problem("trainable", f"there is nothing to train: these modules' schemes have no {sets}")
         # per trained weight: the quantized weight and its gradient; with a latent also itself, its gradient, two
         # moments and the best so far
         memory = 4 * view.parameters + count * (28 if weights else 8)
@@ -70,7 +84,11 @@ class TrainStage(Stage):
             view=view,
             disk_bytes=model_bytes(view, _latents(view, set(targets), weights)),
             memory_bytes=memory,
-            notes=(f"trains {', '.join(config.trainable)} of {len(targets)} modules", *listed(targets)),
+            notes=(
+                f"trains {', '.join(config.trainable)} of {len(targets)} modules",
+                *listed(targets),
+                checkpoint_note(trained),
+            ),
         )
 
     def run(self, ctx: StageContext) -> None:

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 LossOf = Callable[[int, int], "tuple[Tensor, dict[str, float]]"]
 """(step, micro-batch) -> (mean loss, figures). The figure `tokens`, where given, is what the mean was taken over."""
 
+SAVE_SHARE = 20
+"""Training goes on for at least so many times as long as the last checkpoint took to write."""
+
 
 @dataclass(frozen=True)
 class LoopSpec:
@@ -171,7 +174,7 @@ class _Loop:
         self.folder = ctx.scratch / spec.name
         self.at = Progress()
         self.best: dict[str, Tensor] = {}
-        self.train_seconds = self.tokens = 0.0
+        self.train_seconds = self.tokens = self.save_seconds = 0.0
         self.saved_at = time.monotonic()
         self.saved_step: int | None = None
 
@@ -307,7 +310,7 @@ class _Loop:
     def _checkpoint_if_due(self) -> None:
         spec, step = self.spec, self.at.step
         due = (
-            time.monotonic() - self.saved_at >= spec.checkpoint_seconds
+            time.monotonic() - self.saved_at >= max(spec.checkpoint_seconds, SAVE_SHARE * self.save_seconds)
             or (spec.checkpoint_steps is not None and step % spec.checkpoint_steps == 0)
             or (step == spec.steps and self.saved_step is not None)
         )
@@ -315,6 +318,7 @@ class _Loop:
             self._checkpoint()
 
     def _checkpoint(self) -> None:
+        began = time.monotonic()
         self.at.scaler = self.scaler.state_dict()
         tensors = {f"parameter.{name}": tensor for name, tensor in self.state.items()}
         tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
@@ -322,6 +326,7 @@ class _Loop:
             tensors |= {f"{key}.{name}": value for key, value in self.optimizer.state[parameter].items()}
         save_checkpoint(self.folder, self.at.step, tensors, vars(self.at), self.identity)
         self.saved_at, self.saved_step = time.monotonic(), self.at.step
+        self.save_seconds = self.saved_at - began
 
     def _resume(self) -> int | None:
         found = load_checkpoint(self.folder, self.identity, self.ctx.log)

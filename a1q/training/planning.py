@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -9,6 +10,8 @@ from a1q.distill.losses import tail_problem
 from a1q.engine.matching import resolve_rules, summarize
 from a1q.engine.stage import PlanContext
 from a1q.models.view import DENSE, QUANTIZED, SNAPPED, ModelView, ModuleView
+from a1q.quant.build import make_scheme
+from a1q.training.checkpoint import KEPT
 from a1q.training.distillation import BatchConfig, Objective
 
 
@@ -56,9 +59,28 @@ def listed(names: Iterable[str]) -> list[str]:
     return [f"  {name}" for name in summarize(names)]
 
 
+def checkpoint_note(trained: int) -> str:
+    """How much the checkpoints of `trained` parameters take, each with two moments and its best value; a new
+    one is written beside the `KEPT` before."""
+    return f"checkpoints take up to {(KEPT + 1) * 16 * trained / 1e6:,.1f} MB while it trains"
+
+
 def weight_count(modules: Iterable[ModuleView]) -> int:
     """Number of weights in these modules."""
     return sum(module.shape[0] * module.shape[1] for module in modules)
+
+
+def trained_count(modules: Iterable[ModuleView], sets: Sequence[str]) -> int:
+    """Number of parameters of quantized modules that the named sets train."""
+    total = 0
+    for module in modules:
+        assert module.scheme is not None
+        scheme = make_scheme(module.scheme)
+        shapes = scheme.part_shapes(module.shape)
+        parts = {part for name in sets for part in scheme.trainable.get(name, ())}
+        total += sum(math.prod(shapes[part]) for part in parts)
+        total += weight_count([module]) if "weights" in sets else 0
+    return total
 
 
 def model_bytes(view: ModelView, latents: Iterable[str]) -> int:

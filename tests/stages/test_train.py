@@ -1,3 +1,4 @@
+import dataclasses
 import signal
 import subprocess
 import sys
@@ -159,6 +160,7 @@ def test_plan_names_what_trains_and_what_it_takes() -> None:
     only_scales, _ = plan(view(gate="quantized", up="quantized", down="dense"), trainable=["scales"])
     assert only_scales.disk_bytes == outcome.disk_bytes - 2 * 4 * 96 * 64
     assert only_scales.memory_bytes < outcome.memory_bytes
+    assert only_scales.notes[-1] == f"checkpoints take up to {3 * 16 * 2 * (96 + 64 + 1) / 1e6:,.1f} MB while it trains"
 
 
 @pytest.mark.parametrize(
@@ -179,6 +181,16 @@ def test_plan_refuses_a_wrong_order(
     _, problems = plan(view(**states), **options)
     assert len(problems) == 1
     assert message in problems[0][1] and hint in problems[0][2] and problems[0][3] == "recipe"
+
+
+def test_plan_refuses_to_train_nothing() -> None:
+    model = view(gate="quantized")
+    name = next(iter(model.modules))
+    scheme = {"scheme": "lut_lowrank", "bits": 2, "rank": 1, "lut": "fixed"}
+    fixed = model.replace({name: dataclasses.replace(model.modules[name], scheme=scheme)})
+    _, problems = plan(fixed, trainable=["lut"])
+    assert problems[0][:2] == ("trainable", "there is nothing to train: these modules' schemes have no lut")
+    assert plan(fixed, trainable=["lut", "scales"])[1] == []
 
 
 def test_plan_refuses_a_teacher_that_cannot_serve() -> None:

@@ -118,7 +118,6 @@ def main(folder: str, stage: str, loop: str, step: str) -> None:
     """Checkpoint every second step and die, as by `kill -9`, when the loop named `loop` has done `step` steps."""
     import a1q.training.loop as loop_module
 
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     inputs = {
         "model": Artifact("model", Path(folder, "quantized"), "m" * 64),
         "teacher": Artifact("teacher", Path(folder, "teacher"), "t" * 64),

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import math
 import signal
 import subprocess
@@ -232,3 +233,24 @@ def test_checkpoint_cadence_is_no_part_of_the_result(tmp_path: Path) -> None:
         )
     assert not (tmp_path / "None" / "scratch" / "train").exists()
     assert_same(weights(toys[0]), weights(toys[1]))
+
+
+def test_loss_scaling_changes_nothing_and_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scaler is a power of two, so unscaled gradients are exact; its growth stands in the checkpoint."""
+    plain = Toy()
+    plain.train(make_context(tmp_path / "plain"))
+    monkeypatch.setattr(
+        "a1q.training.loop.grad_scaler", lambda _: torch.amp.GradScaler("cpu", 1024.0, growth_interval=5)
+    )
+    scaled = Toy()
+    scaled.train(make_context(tmp_path / "scaled"))
+    assert_same(weights(scaled), weights(plain))
+    asked = iter([0] * 9 + [signal.SIGTERM])
+    with pytest.raises(Interrupted):
+        Toy().train(make_context(tmp_path / "stopped", should_stop=lambda: next(asked)))
+    resumed = Toy()
+    assert resumed.train(make_context(tmp_path / "stopped")).resumed_from == 10
+    assert_same(weights(resumed), weights(plain))
+    notes = [max((tmp_path / name / "scratch" / "train").glob("*.json")) for name in ("scaled", "stopped")]
+    scales = [json.loads(note.read_text())["body"]["values"]["scaler"]["scale"] for note in notes]
+    assert scales == [1024.0 * 2**4] * 2
