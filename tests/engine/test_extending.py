@@ -78,46 +78,32 @@ def test_the_toy_stage_in_the_tree(tmp_path: Path, model: Path) -> None:
     assert wrong.returncode == 2 and "noise.yaml:8:28" in wrong.stderr and "'strength'" in wrong.stderr
 
 
-def test_the_scheme_as_a_file(tmp_path: Path, model: Path) -> None:
+def test_the_scheme_as_a_file_and_the_exporter_as_a_package(tmp_path: Path, model: Path) -> None:
     (tmp_path / "sign.py").write_text(BLOCKS["sign.py"])
-    folder = tmp_path / "run"
-    arguments = (recipe(tmp_path, "sign.yaml", model), "-o", folder, "--plugin", tmp_path / "sign.py")
-    done = run("run", *arguments, home=tmp_path / "home", path=ROOT)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-    import numpy
-    from safetensors.numpy import load_file
-
-    name = "model.layers.1.mlp.down_proj.weight"
-    before, after = (
-        load_file(model / "model.safetensors")[name],
-        load_file(folder / "export/hf/model.safetensors")[name],
-    )
-    expected = numpy.where(before >= 0, 1, -1) * numpy.abs(before).mean(1, keepdims=True)
-    numpy.testing.assert_allclose(after, expected, rtol=1e-3)
-
-
-def test_the_exporter_as_a_package(tmp_path: Path, model: Path) -> None:
     site = tmp_path / "site"
-    project = tomllib.loads(BLOCKS["pyproject.toml"])
     info = site / "a1q_npz-1.0.dist-info"
     info.mkdir(parents=True)
     (site / "a1q_npz.py").write_text(BLOCKS["a1q_npz.py"])
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: a1q-npz\nVersion: 1.0\n")
-    for group, points in project["project"]["entry-points"].items():
+    for group, points in tomllib.loads(BLOCKS["pyproject.toml"])["project"]["entry-points"].items():
         text = "".join(f"{name} = {target}\n" for name, target in points.items())
         (info / "entry_points.txt").write_text(f"[{group}]\n{text}")
-    path = tmp_path / "npz.yaml"
-    stage = "  - id: out\n    export: {format: npz, compress: true}\n"
-    path.write_text(f"a1q: 1\nname: npz\nmodel: {{source: {model}}}\nstages:\n{stage}")
-    done = run("run", path, "-o", tmp_path / "run", home=tmp_path / "home", path=f"{site}{os.pathsep}{ROOT}")
+    sign = recipe(tmp_path, "sign.yaml", model)
+    sign.write_text(sign.read_text() + "  - id: arrays\n    export: {format: npz, compress: true}\n")
+    arguments = (sign, "-o", tmp_path / "run", "--plugin", tmp_path / "sign.py")
+    done = run("run", *arguments, home=tmp_path / "home", path=f"{site}{os.pathsep}{ROOT}")
     assert done.returncode == 0, done.stdout + done.stderr
 
     import numpy
     from safetensors.numpy import load_file
 
-    written = numpy.load(tmp_path / "run" / "export" / "out" / "weights.npz")
-    expected = load_file(model / "model.safetensors")
-    assert set(written) == set(expected)
-    for name in expected:
-        numpy.testing.assert_array_equal(written[name], expected[name].astype("f2"))
+    before = load_file(model / "model.safetensors")
+    exported = load_file(tmp_path / "run" / "export" / "hf" / "model.safetensors")
+    arrays = numpy.load(tmp_path / "run" / "export" / "arrays" / "weights.npz")
+    assert set(arrays) == set(exported) == set(before)
+    for name, weight in before.items():
+        expected = weight
+        if ".mlp." in name:
+            expected = numpy.where(weight >= 0, 1, -1) * numpy.abs(weight).mean(1, keepdims=True)
+        numpy.testing.assert_allclose(exported[name], expected, rtol=1e-3, atol=1e-6)
+        numpy.testing.assert_array_equal(arrays[name], exported[name])
