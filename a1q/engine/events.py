@@ -13,7 +13,8 @@ An event is one JSON object: `{"time": seconds since 1970, "event": KIND, ...}`.
 |             | kind, artifact (folder), failed_gates                                               |
 | run_end     | status (`done`, `failed`, `gate failed`, `interrupted`), error, seconds             |
 
-`a1q run --json` prints these and, after a user's error, a last line `{"event": "error", "exit_code", "error", "problems"}`.
+`a1q run --json` prints these and, after a user's error, a last line: `{"event": "error", "exit_code", "error",
+"problems"}`.
 """
 
 from __future__ import annotations
