@@ -30,7 +30,7 @@ PIECE = 1500
 TEXT_COLUMNS = ("text", "content", "body")
 PAIRS = (("instruction", "output"), ("question", "answer"), ("prompt", "response"))
 MESSAGES = "messages"
-WANTED = {"qa": (*PAIRS, (MESSAGES,)), "auto": (*((name,) for name in TEXT_COLUMNS), *PAIRS, (MESSAGES,))}
+WANTED = {"qa": (*PAIRS, (MESSAGES,)), "auto": (("text",), *PAIRS, (MESSAGES,))}
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 Messages = tuple[Mapping[str, str], ...]
@@ -230,7 +230,9 @@ def _record(config: Mapping[str, Any], where: str, row: Mapping[str, Any]) -> Re
         elif MESSAGES in row:
             messages = _messages(where, row[MESSAGES])
         else:
-            raise _no_column(where, row, " or ".join(" and ".join(map(repr, names)) for names in WANTED[kind]))
+            known = WANTED[kind]
+            wanted = " or ".join(" and ".join(map(repr, names)) for names in known)
+            raise _no_column(where, row, wanted, *(known[0] if kind == "auto" else ()))
         return Record(place_of(canonical_json([dict(item) for item in messages]).decode()), messages=messages)
     names = (column,) if column else TEXT_COLUMNS
     name = next((name for name in names if name in row), None)

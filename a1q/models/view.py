@@ -76,9 +76,9 @@ def read_safetensors_header(path: Path) -> dict[str, Any]:
             raise ValueError(f"{path} is not a complete safetensors file: its header says {length} bytes")
         try:
             header = json.loads(handle.read(length))
-        except ValueError as error:
-            raise ValueError(f"{path} is not a safetensors file: {error}") from None
-    end = max((item["data_offsets"][1] for name, item in header.items() if name != "__metadata__"), default=0)
+            end = max((item["data_offsets"][1] for name, item in header.items() if name != "__metadata__"), default=0)
+        except (ValueError, AttributeError, LookupError, TypeError) as error:
+            raise ValueError(f"{path} is not a safetensors file: its header can't be read ({error})") from None
     if 8 + length + end != size:
         raise ValueError(f"{path} is truncated or damaged: {size} bytes, its header needs {8 + length + end}")
     return header

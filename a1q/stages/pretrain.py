@@ -214,6 +214,7 @@ def new_model(shape: Architecture, vocab: int, seed: int) -> Qwen3ForCausalLM:
     config = Qwen3Config(
         **vars(shape), vocab_size=vocab, tie_word_embeddings=True, bos_token_id=None, eos_token_id=0, pad_token_id=0
     )
+    config.architectures = [Qwen3ForCausalLM.__name__]
     return Qwen3ForCausalLM(config).train()
 
 
