@@ -23,7 +23,7 @@ ANYTHING = Verify(prompt=80, generate=32, min_cosine=-1, min_cosine_fp16=-1, min
 def main() -> None:
     """Export, compare and print."""
     source = sys.argv[1] if len(sys.argv) > 1 else "builtin:pico"
-    model = resolve_source(source, None, False)
+    model = resolve_source(source)
     with tempfile.TemporaryDirectory() as folder:
         out, scratch = Path(folder, "out"), Path(folder, "scratch")
         out.mkdir()

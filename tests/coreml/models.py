@@ -25,6 +25,10 @@ SCHEMES: dict[str, Mapping[str, Any] | None] = {
     "rank-3": {"scheme": "lut_lowrank", "bits": 2, "rank": 3, "fit": "absmax_svd"},
 }
 
+UNTIED = ("dense", "channel-3", "rank-1", "rank-3")
+FORMS = [(name, True) for name in SCHEMES] + [(name, False) for name in UNTIED]
+"""Scheme and whether the head is tied."""
+
 
 def decoder(scheme: Mapping[str, Any] | None = None, adapter: int = 0, **changes: Any) -> Any:
     """A tiny Qwen3 with fp16 numbers; with a scheme, all projections (and an untied head) quantized and snapped."""

@@ -12,7 +12,7 @@ import pytest
 from a1q.coreml.interpreter import Interpreter
 from a1q.coreml.package import write_package
 from a1q.coreml.weights import Linear, Palette, decoder_weights
-from tests.coreml.models import SCHEMES, decoder, package_of, program_of, saved
+from tests.coreml.models import FORMS, SCHEMES, decoder, package_of, program_of, saved
 
 
 def files(folder):
@@ -21,17 +21,16 @@ def files(folder):
     }
 
 
-@pytest.mark.parametrize("name", SCHEMES)
-def test_weights_read_back_without_error(tmp_path, name):
+@pytest.mark.parametrize(("name", "tied"), FORMS)
+def test_weights_read_back_without_error(form, name, tied):
     """Dense weights, indices, tables, scales and norms of the file are those of the model, bit for bit."""
     from a1q.quant.linear import QuantLinear
 
-    model = decoder(SCHEMES[name], tie_word_embeddings=False)
-    package, _ = package_of(model, tmp_path)
+    model, package, _ = form(name, tied)
     constants = Interpreter(package.program, "fp32").constants
     for function in ("infer", "prefill"):
         for key, module in model.named_modules():
-            if not hasattr(module, "in_features"):
+            if not hasattr(module, "in_features") or (tied and key == "lm_head"):
                 continue
             place = "lm_head_1" if key == "lm_head" else key.replace(".", "_")
             stored = constants[function][f"{place}_weight"][:, :, 0, 0]
@@ -48,13 +47,11 @@ def test_weights_read_back_without_error(tmp_path, name):
                 assert np.array_equal(b[0, :, :, 0].T, parts["b"].detach().float().numpy())
 
 
-def test_functions_share_one_copy_of_the_weights(tmp_path):
-    model = decoder(SCHEMES["rank-1"])
-    both = saved(program_of(model)[0], tmp_path)
+def test_functions_share_one_copy_of_the_weights(form, tmp_path):
+    model, both, _ = form("rank-1", True)
     program = program_of(model)[0]
     del program.functions["prefill"]
-    (tmp_path / "one").mkdir()
-    one = saved(program, tmp_path / "one")
+    one = saved(program, tmp_path)
     assert 0 <= both.weight_bytes - one.weight_bytes < 2048, "no more than prefill's row numbers"
 
 
@@ -70,33 +67,30 @@ def test_weight_file_has_the_theoretical_size(tmp_path):
     assert theory < package.weight_bytes < theory + 128 * entries + 8 * 128
 
 
-def test_same_model_gives_the_same_bytes_anywhere_in_silence(tmp_path):
-    """Another process, with a home that can't be written and another hash seed; nothing is said to the user."""
+def test_same_model_gives_the_same_bytes_anywhere_in_silence(form, tmp_path):
+    """Another process, history and hash seed, a home that can't be written; nothing is said to the user."""
     script = (
         "import sys; from pathlib import Path; from tests.coreml.models import *;"
         "package_of(decoder(SCHEMES['group-4']), Path(sys.argv[1]))"
     )
-    for name in ("one", "two"):
-        (tmp_path / name).mkdir()
     environment = {**os.environ, "HOME": "/dev/null", "PYTHONHASHSEED": "7"}
-    command = [sys.executable, "-c", script, str(tmp_path / "one")]
+    command = [sys.executable, "-c", script, str(tmp_path)]
     done = subprocess.run(command, check=True, env=environment, capture_output=True, text=True)
     assert done.stderr == done.stdout == ""
-    package_of(decoder(SCHEMES["rank-3"]), tmp_path)
-    package_of(decoder(SCHEMES["group-4"]), tmp_path / "two")
-    assert files(tmp_path / "one") == files(tmp_path / "two")
+    _, here, _ = form("group-4", True)
+    assert files(tmp_path) == files(here.path.parent)
 
 
-def test_manifest_names_what_is_there(tmp_path):
-    package, _ = package_of(decoder(), tmp_path)
+def test_manifest_names_what_is_there(form):
+    _, package, _ = form("dense", True)
     manifest = json.loads((package.path / "Manifest.json").read_text())
     entries = manifest["itemInfoEntries"]
     assert entries[manifest["rootModelIdentifier"]]["name"] == "model.mlmodel"
     assert all((package.path / "Data" / entry["path"]).exists() for entry in entries.values())
 
 
-def test_interface_of_the_functions(tmp_path):
-    package, _ = package_of(decoder(), tmp_path)
+def test_interface_of_the_functions(form):
+    _, package, _ = form("dense", True)
     functions = {function.name: function for function in package.description.functions}
     assert package.description.defaultFunctionName == "infer"
 

@@ -11,7 +11,7 @@ from a1q.coreml import graph
 from a1q.coreml.toolkit import coremltools
 from a1q.coreml.verify import Reference, compare, prompt_tokens, reference_run
 from a1q.coreml.weights import Palette, decoder_weights
-from tests.coreml.models import SCHEMES, decoder, package_of, program_of, saved
+from tests.coreml.models import FORMS, SCHEMES, decoder, package_of, program_of, saved
 from tests.tiny import write_tokenizer
 
 PROMPT = prompt_tokens(Path("nowhere"), 320, 40)
@@ -21,14 +21,9 @@ def reference(model, generate=6) -> Reference:
     return reference_run(model, PROMPT, generate)
 
 
-UNTIED = ("dense", "channel-3", "rank-1", "rank-3")
-FORMS = [(name, True) for name in SCHEMES] + [(name, False) for name in UNTIED]
-
-
-@pytest.mark.parametrize(("name", "tied"), FORMS, ids=[f"{name}-{'tied' if t else 'untied'}" for name, t in FORMS])
-def test_every_scheme_computes_what_torch_computes(tmp_path, name, tied):
-    model = decoder(SCHEMES[name], tie_word_embeddings=tied)
-    package, layout = package_of(model, tmp_path)
+@pytest.mark.parametrize(("name", "tied"), FORMS)
+def test_every_scheme_computes_what_torch_computes(form, name, tied):
+    model, package, layout = form(name, tied)
     expected = reference(model)
     fp32 = compare(package.program, layout, expected, "fp32")
     assert fp32.cosine > 0.999999
@@ -81,8 +76,8 @@ def test_overflow_is_counted_and_named(tmp_path):
 
 # -- mutations: each must show -----------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
-def quantized():
-    return decoder(SCHEMES["rank-1"])
+def quantized(form):
+    return form("rank-1", True)[0]
 
 
 @pytest.fixture(scope="module")
