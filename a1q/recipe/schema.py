@@ -219,6 +219,7 @@ def _finding(error: ValidationError) -> Finding:
     value: Any = error.instance
     wanted: Any = error.validator_value
     schema: Any = error.schema
+    at_key = "propertyNames" in error.absolute_schema_path
     match error.validator:
         case "unknown-key":
             return Finding(path, error.message, str(error.cause or ""), at_key=True)
@@ -234,7 +235,7 @@ def _finding(error: ValidationError) -> Finding:
                 text = str(schema["x-expected"])
             near = suggest(value, _choices(schema)) if isinstance(value, str) else ""
             hint = near if near.startswith("did you mean") else _remedy(value, text)
-            return Finding(path, f"expected {text}, found {found}", hint)
+            return Finding(path, f"expected {text}, found {found}", hint, at_key)
         case "pattern" | "maxLength" | "minLength":
             rule = (
                 schema.get("x-expected")
@@ -244,9 +245,7 @@ def _finding(error: ValidationError) -> Finding:
                     "minLength": f"at least {wanted} characters",
                 }[str(error.validator)]
             )
-            return Finding(
-                path, f"expected {rule}, found {found}", at_key="propertyNames" in error.absolute_schema_path
-            )
+            return Finding(path, f"expected {rule}, found {found}", at_key=at_key)
         case "minItems" | "minProperties":
             return Finding(path, f"expected at least {wanted} entries, found {len(value)}")
         case "maxItems" | "maxProperties":

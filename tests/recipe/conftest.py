@@ -1,9 +1,13 @@
 """A registry with fake stages, a folder to write recipes in, and a store of its own."""
 
 import pytest
+from hypothesis import settings
 
 from a1q.recipe import load_recipe
 from tests.recipe.fakes import fake_registry
+
+settings.register_profile("busy machine", deadline=None)
+settings.load_profile("busy machine")
 
 
 @pytest.fixture
