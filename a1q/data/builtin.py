@@ -10,17 +10,18 @@ package that a1q depends on, `builtin:qa` is questions and answers made from `bu
 from __future__ import annotations
 
 import json
-import os
 import sys
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from a1q.data.cleaning import Novelty, clean
 from a1q.data.docstrings import Docstring, dependency_closure, docstrings_of, source_files
 from a1q.data.split import place_of
 from a1q.engine.artifact import canonical_json, sha256_bytes, sha256_file
 from a1q.engine.files import fsync_tree, home, remove_tree, write_atomic
+from a1q.engine.locks import wait_lock
 
 EXTRACTOR = 1
 """Raise it whenever the same sources give another text."""
@@ -42,13 +43,11 @@ class Document:
 
 def known_digest(source: str) -> str:
     """The text's digest if it has been extracted here before, else an empty string."""
-    home_folder = home() / "text"
     try:
-        record = json.loads((home_folder / f"index-{_fingerprint(source)}.json").read_text(encoding="utf-8"))
-        digest = str(record["digest"])
+        digest = str(json.loads(_index(source).read_text(encoding="utf-8"))["digest"])
     except (OSError, ValueError, KeyError, TypeError):
         return ""
-    return digest if (home_folder / digest / "documents.jsonl").is_file() else ""
+    return digest if _text(digest).is_file() else ""
 
 
 def extract(source: str) -> str:
@@ -58,15 +57,20 @@ def extract(source: str) -> str:
         StageError: if there are no sources to read.
     """
     digest = known_digest(source)
-    if digest and sha256_file(home() / "text" / digest / "documents.jsonl") == digest:
+    if digest and sha256_file(_text(digest)) == digest:
         return digest
-    lines = [canonical_json([item.place, item.name, item.kind, item.text]) for item in _collect(source)]
-    return _store(source, b"\n".join(lines) + b"\n")
+    with wait_lock(home() / "text" / "lock", True, lambda: 0, lambda pid: None):
+        digest = known_digest(source)  # another process may have been faster
+        if not digest or sha256_file(_text(digest)) != digest:
+            lines = [canonical_json([item.place, item.name, item.kind, item.text]) for item in _collect(source)]
+            digest = _store(b"\n".join(lines) + b"\n")
+            write_atomic(_index(source), json.dumps({"source": source, "digest": digest}) + "\n")
+    return digest
 
 
 def read(source: str) -> Iterator[Document]:
     """The documents of `builtin:prose` or `builtin:prose-all`, in the order of the split."""
-    with open(home() / "text" / extract(source) / "documents.jsonl", encoding="utf-8") as handle:
+    with open(_text(extract(source)), encoding="utf-8") as handle:
         for line in handle:
             yield Document(*json.loads(line))
 
@@ -92,24 +96,25 @@ def _public_name(item: Docstring) -> str:
     return item.name.rpartition(".")[2] if item.kind == "topic" else item.name
 
 
-def _store(source: str, content: bytes) -> str:
+def _store(content: bytes) -> str:
+    """Write the text durably under its digest; the caller holds the lock."""
     digest = sha256_bytes(content)
-    root = home() / "text"
-    aside, final = root / f".{digest}.{os.getpid()}", root / digest
-    aside.mkdir(parents=True, exist_ok=True)
-    try:
-        (aside / "documents.jsonl").write_bytes(content)
-        fsync_tree(aside)
-        remove_tree(final)  # damaged, or it would have been used
-        aside.rename(final)
-    except OSError:
-        if not (final / "documents.jsonl").is_file():  # no other process was faster
-            raise
-    finally:
-        remove_tree(aside)
-    record = {"source": source, "digest": digest, "characters": len(content)}
-    write_atomic(root / f"index-{_fingerprint(source)}.json", json.dumps(record) + "\n")
+    final, aside = _text(digest).parent, home() / "text" / "new"
+    remove_tree(aside)  # of a killed process
+    aside.mkdir(parents=True)
+    (aside / "documents.jsonl").write_bytes(content)
+    fsync_tree(aside)
+    remove_tree(final)  # damaged, or not there
+    aside.rename(final)
     return digest
+
+
+def _text(digest: str) -> Path:
+    return home() / "text" / digest / "documents.jsonl"
+
+
+def _index(source: str) -> Path:
+    return home() / "text" / f"index-{_fingerprint(source)}.json"
 
 
 def _fingerprint(source: str) -> str:

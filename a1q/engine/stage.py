@@ -48,7 +48,7 @@ class Runtime:
 
 @dataclass(frozen=True)
 class DataEntry:
-    """One entry of the recipe's `data:`, with its identity. `a1q.data.open_data(entry)` reads it."""
+    """One entry of the recipe's `data:`, with its identity. `a1q.data.token_sequences(entry.config, ...)` reads it."""
 
     name: str
     config: Mapping[str, Any]
