@@ -97,9 +97,7 @@ class QuantLinear(nn.Linear):
         stored = self._stored()
         if self.latent is not None:
             with torch.no_grad():
-                grid = stored
-                if self.straight_through_fp16:
-                    grid = {name: part.to(self.indices.device) for name, part in self.scheme.snap(stored).items()}
+                grid = self.scheme.rounded(stored) if self.straight_through_fp16 else stored
                 self.indices.copy_(self.scheme.assign(grid, self.latent))
         return stored
 
@@ -217,9 +215,10 @@ class QuantLinear(nn.Linear):
             delattr(self, name)
         self.part_names = tuple(name for name in parts if name != "indices")
         self.state = state
+        training = {name for names in self.scheme.trainable.values() for name in names if state == QUANTIZED}
         for name in self.part_names:
             part = parts[name].detach().to(self.indices.device)
-            self.register_parameter(name, nn.Parameter(part, requires_grad=state == QUANTIZED))
+            self.register_parameter(name, nn.Parameter(part, requires_grad=name in training))
 
 
 def _fit(scheme: Scheme, weight: Tensor, statistics: Tensor | None, seed: int) -> dict[str, Tensor]:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from a1q.quant.grid import lookup, nearest, safe_scale, sums_per_entry
+from a1q.quant import straight_through
+from a1q.quant.grid import lookup, nearest, sums_per_entry
 from a1q.quant.kmeans import lloyd, quantile_start
 
 PROXIMAL = 1e-6
@@ -130,8 +131,8 @@ def improve(fit: Fit, weight: Tensor, importance: Tensor, learn_lut: bool) -> No
 
 
 def assign(weight: Tensor, lut: Tensor, scale: Tensor) -> Tensor:
-    """Indices uint8 [out, in] of the entries nearest to W / S; right for negative S too."""
-    return nearest(weight / safe_scale(scale), lut[None])
+    """Indices uint8 [out, in] of the entries of `lut` [L] nearest to W / S."""
+    return straight_through.assign(weight, lut[None], scale, None)
 
 
 def centroids(weight: Tensor, indices: Tensor, lut: Tensor, scale: Tensor, importance: Tensor) -> Tensor:
@@ -157,6 +158,17 @@ def solve_left(weight: Tensor, entries: Tensor, importance: Tensor, a: Tensor, b
     if rank == 1:  # rows are independent, so a row that would not be positive may keep its old value
         return torch.where(solved > 0, solved, a)
     return solved
+
+
+def unit_gain(fit: Fit, weight: Tensor, importance: Tensor) -> Tensor:
+    """The factor [1] by which Ŵ has to grow so that it answers W's own inputs as strongly as W: Σ h W² / Σ h W Ŵ.
+
+    Least squares shrinks: its Ŵ is W less what is not explained, so that every layer's output comes out too small, and
+    layers in a row multiply that. Unit gain costs squared error and lowers the KL of the whole model.
+    """
+    whole = (weight.square() @ importance).double().sum()
+    common = ((weight * fit.weight()) @ importance).double().sum()
+    return (whole / common if bool(common > 0) else torch.ones_like(whole)).to(weight.dtype).reshape(1)
 
 
 def rms_start(weight: Tensor, importance: Tensor, bits: int, learn_lut: bool) -> Fit:

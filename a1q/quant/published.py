@@ -18,7 +18,7 @@ NOISE = 1e-3
 
 
 def convert_published(parts: Mapping[str, Tensor], bits: int, rank: int, seed: int) -> dict[str, Tensor]:
-    """`lut`, `a`, `g`, `b` with 2**bits entries and the given rank, from the same parts [L], [out, r], [r], [r, in].
+    """All parts but the indices, with 2**bits entries and the given rank, from those of more entries or fewer ranks.
 
     Raises:
         ValueError: if the table would grow or ranks would be lost.
@@ -41,4 +41,5 @@ def convert_published(parts: Mapping[str, Tensor], bits: int, rank: int, seed: i
         "a": torch.cat([a, root * directions(len(a), more)], dim=1),
         "g": torch.cat([g, root.expand(more)]),
         "b": torch.cat([b, root * directions(more, b.shape[1])]),
+        "gain": torch.ones_like(g[:1]),
     }

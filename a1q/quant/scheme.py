@@ -69,6 +69,12 @@ class Scheme(ABC):
     def snap(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The parts as stored for good: fp16, rounded on the CPU (fp16 rounding differs between devices)."""
 
+    def rounded(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The parts as `weight` sees them with `fp16`, in their own types; here every part rounded by itself."""
+        from a1q.quant.grid import round_fp16
+
+        return {name: part if name == "indices" else round_fp16(part) for name, part in parts.items()}
+
     def apply(self, parts: Mapping[str, Tensor], x: Tensor, form: str) -> Tensor:
         """x [..., in] times the transposed weight, [..., out], without a bias: one function in several forms.
 

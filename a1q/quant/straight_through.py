@@ -44,23 +44,32 @@ def grid_weight(
     lut: Tensor,
     factors: tuple[Tensor, Tensor, Tensor] | None,
     fp16: bool,
+    gain: Tensor | None = None,
 ) -> Tensor:
     """Ŵ [out, in]; `lut` is [n, L], `factors` is (a [out, r], g [r], b [r, in]) or None.
 
-    With `latent` [out, in] the indices are derived from it, else `indices` stand. With `fp16` the LUT and the folded
-    factors A√g and √gB are rounded to fp16 first, with the identity as gradient.
+    With `latent` [out, in] the indices are derived from `gain` times it (once, where None), else `indices` stand. With
+    `fp16` the LUT and the folded factors A√g and √gB are rounded to fp16 first, with the identity as gradient.
     """
     a, g, b = factors if factors is not None else (None, None, None)
-    return _GridWeight.apply(indices, latent, lut, a, g, b, fp16)
+    return _GridWeight.apply(indices, latent, lut, a, g, b, fp16, gain)
+
+
+def assign(weight: Tensor, lut: Tensor, scale: Tensor | None, gain: Tensor | None) -> Tensor:
+    """Indices uint8 [out, in] of the entries of `lut` [n, L] nearest to gain · W / S; right for negative S too."""
+    values = weight if scale is None else weight / safe_scale(scale)
+    return nearest(values, lut if gain is None else lut / gain)
 
 
 class _GridWeight(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, indices: Tensor, latent: Any, lut: Tensor, a: Any, g: Any, b: Any, fp16: bool) -> Tensor:
+    def forward(
+        ctx: Any, indices: Tensor, latent: Any, lut: Tensor, a: Any, g: Any, b: Any, fp16: bool, gain: Any
+    ) -> Tensor:
         with torch.autocast(lut.device.type, enabled=False):
             seen_lut, scale = _as_seen(lut, a, g, b, fp16)
             if latent is not None:
-                indices = nearest(latent if scale is None else latent / safe_scale(scale), seen_lut)
+                indices = assign(latent, seen_lut, scale, gain)
             ctx.save_for_backward(indices, lut, a, g, b)
             ctx.fp16 = fp16
             entries = lookup(seen_lut, indices)
@@ -70,7 +79,7 @@ class _GridWeight(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         indices, lut, a, g, b = ctx.saved_tensors
-        _, latent_wanted, lut_wanted, a_wanted, g_wanted, b_wanted, _ = ctx.needs_input_grad
+        _, latent_wanted, lut_wanted, a_wanted, g_wanted, b_wanted, _, _ = ctx.needs_input_grad
         d_lut = d_a = d_g = d_b = None
         with torch.autocast(lut.device.type, enabled=False):
             # Entries and scale are formed again: cheaper than keeping 8 bytes per weight alive.
@@ -84,7 +93,7 @@ class _GridWeight(torch.autograd.Function):
                     d_a, d_g = d_ag * g, (d_ag * a).sum(0)
                 if b_wanted:
                     d_b = (a * g).T @ d_scale
-        return None, grad if latent_wanted else None, d_lut, d_a, d_g, d_b, None
+        return None, grad if latent_wanted else None, d_lut, d_a, d_g, d_b, None, None
 
 
 def _as_seen(lut: Tensor, a: Any, g: Any, b: Any, fp16: bool) -> tuple[Tensor, Tensor | None]:

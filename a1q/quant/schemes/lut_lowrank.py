@@ -1,7 +1,9 @@
 """Look-up table times low-rank scale: Ŵ = LUT[idx] ⊙ (A diag(g) B).
 
-Parts: `indices` uint8 [out, in], `lut` [2**bits] ascending, `a` [out, r], `g` [r], `b` [r, in]. Snapped parts are
-fp16 and hold A√g and √gB as `a` and `b`, without `g`. S = A diag(g) B may be negative at ranks above 1 and has no
+Parts: `indices` uint8 [out, in], `lut` [2**bits] ascending, `a` [out, r], `g` [r], `b` [r, in], and `gain` [1], which
+never trains: indices are those of the entries nearest to gain · W. Fits by `als` make Ŵ larger by that factor than
+least squares would (`a1q.quant.lowrank.unit_gain`), with the indices of the unscaled grid. Snapped parts are fp16 and
+hold A√g and √gB as `a` and `b`, without `g` and `gain`. S = A diag(g) B may be negative at ranks above 1 and has no
 floor; at rank 1 fits keep a, b > 0.
 """
 
@@ -54,10 +56,12 @@ class LutLowrank(Scheme):
         rank = self.config.rank
         shapes: dict[str, tuple[int, ...]] = {"lut": (2**self.config.bits,), "a": (shape[0], rank)}
         if not snapped:
-            shapes["g"] = (rank,)
+            shapes |= {"g": (rank,), "gain": (1,)}
         return {**shapes, "b": (rank, shape[1])}
 
     def fit(self, weight: Tensor, statistics: Tensor | None, seed: int) -> dict[str, Tensor]:
+        import torch
+
         from a1q.quant import lowrank
         from a1q.quant.importance import importance_of
 
@@ -65,11 +69,14 @@ class LutLowrank(Scheme):
         weight = weight.detach().float()
         if config.fit == "absmax_svd":
             fit = lowrank.absmax_svd(weight, config.bits, config.rank, config.group_size)
+            gain = torch.ones(1, device=weight.device)
         else:
             importance = importance_of(weight, statistics)
             fit = lowrank.als(weight, importance, config.bits, config.rank, config.lut == "learned", config.rounds)
+            gain = lowrank.unit_gain(fit, weight, importance)
+            fit.a = fit.a * gain
         a, g, b = lowrank.balance(fit)
-        parts = {"lut": fit.lut, "a": a, "g": g, "b": b}
+        parts = {"lut": fit.lut, "a": a, "g": g, "b": b, "gain": gain}
         return {"indices": self.assign(parts, weight), **parts}
 
     def dequantize(self, parts: Mapping[str, Tensor]) -> Tensor:
@@ -83,14 +90,24 @@ class LutLowrank(Scheme):
         from a1q.quant.straight_through import grid_weight
 
         factors = (parts["a"], parts["g"], parts["b"])
-        return grid_weight(parts["indices"], latent, parts["lut"][None], factors, fp16)
+        return grid_weight(parts["indices"], latent, parts["lut"][None], factors, fp16, parts["gain"])
 
     def assign(self, parts: Mapping[str, Tensor], weight: Tensor) -> Tensor:
-        from a1q.quant.lowrank import assign
-        from a1q.quant.straight_through import scale_of
+        from a1q.quant.straight_through import assign, scale_of
 
         parts = _wide(parts)
-        return assign(weight.to(parts["lut"]), parts["lut"], scale_of(parts["a"], parts.get("g"), parts["b"]))
+        scale = scale_of(parts["a"], parts.get("g"), parts["b"])
+        return assign(weight.to(parts["lut"]), parts["lut"][None], scale, parts.get("gain"))
+
+    def rounded(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        import torch
+
+        from a1q.quant.grid import round_fp16
+        from a1q.quant.straight_through import fold
+
+        a, b = fold(parts["a"], parts["g"], parts["b"])
+        grid = {"lut": round_fp16(parts["lut"]), "a": round_fp16(a), "b": round_fp16(b)}
+        return {**parts, **grid, "g": torch.ones_like(parts["g"])}
 
     def snap(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         from a1q.quant.grid import snap_lut, to_fp16
