@@ -76,7 +76,7 @@ class QuantLinear(nn.Linear):
         weight = module.weight.detach().float()
         if not bool(torch.isfinite(weight).all()):
             raise StageError("the weight holds values that are not finite")
-        parts = _fit(make_scheme(spec), weight, statistics, seed)
+        parts = fit_parts(make_scheme(spec), weight, statistics, seed)
         return cls(spec, parts, module.bias, weight.clone() if keep_latent else None)
 
     # -- what the module is ----------------------------------------------------------------------------------
@@ -157,7 +157,7 @@ class QuantLinear(nn.Linear):
     def refit(self, spec: Mapping[str, Any], target: Tensor, statistics: Tensor | None = None, seed: int = 0) -> None:
         """Fit a scheme, this one or another, to `target` [out, in]; a latent moves to `target`."""
         target = target.detach().float()
-        self.set_scheme(spec, _fit(make_scheme(spec), target, statistics, seed), target)
+        self.set_scheme(spec, fit_parts(make_scheme(spec), target, statistics, seed), target)
 
     def set_scheme(self, spec: Mapping[str, Any], parts: Mapping[str, Tensor], latent: Tensor) -> None:
         """Put a scheme, this one or another, and its parts in place; a latent, where kept, becomes `latent`."""
@@ -221,8 +221,8 @@ class QuantLinear(nn.Linear):
             self.register_parameter(name, nn.Parameter(part, requires_grad=name in training))
 
 
-def _fit(scheme: Scheme, weight: Tensor, statistics: Tensor | None, seed: int) -> dict[str, Tensor]:
-    """Fit where the weight is, but for Metal, which has no float64."""
+def fit_parts(scheme: Scheme, weight: Tensor, statistics: Tensor | None, seed: int) -> dict[str, Tensor]:
+    """`Scheme.fit` where the weight is, but for Metal, which has no float64."""
     place = "cpu" if weight.device.type == "mps" else weight.device
     statistics = None if statistics is None else statistics.to(place)
     parts = scheme.fit(weight.to(place), statistics, seed)

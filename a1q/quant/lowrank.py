@@ -161,14 +161,14 @@ def solve_left(weight: Tensor, entries: Tensor, importance: Tensor, a: Tensor, b
 
 
 def unit_gain(fit: Fit, weight: Tensor, importance: Tensor) -> Tensor:
-    """The factor [1] by which Ŵ has to grow so that it answers W's own inputs as strongly as W: Σ h W² / Σ h W Ŵ.
+    """Factors [out] by which rows of Ŵ have to grow to answer W's own inputs as strongly as W: Σ h W² / Σ h W Ŵ.
 
     Least squares shrinks: its Ŵ is W less what is not explained, so that every layer's output comes out too small, and
     layers in a row multiply that. Unit gain costs squared error and lowers the KL of the whole model.
     """
-    whole = (weight.square() @ importance).double().sum()
-    common = ((weight * fit.weight()) @ importance).double().sum()
-    return (whole / common if bool(common > 0) else torch.ones_like(whole)).to(weight.dtype).reshape(1)
+    whole = weight.square() @ importance
+    common = (weight * fit.weight()) @ importance
+    return torch.where(common > 0, whole / common.clamp_min(torch.finfo(common.dtype).tiny), 1.0).to(weight.dtype)
 
 
 def rms_start(weight: Tensor, importance: Tensor, bits: int, learn_lut: bool) -> Fit:

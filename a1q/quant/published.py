@@ -41,5 +41,5 @@ def convert_published(parts: Mapping[str, Tensor], bits: int, rank: int, seed: i
         "a": torch.cat([a, root * directions(len(a), more)], dim=1),
         "g": torch.cat([g, root.expand(more)]),
         "b": torch.cat([b, root * directions(more, b.shape[1])]),
-        "gain": torch.ones_like(g[:1]),
+        "gain": torch.ones_like(a[:, 0]),
     }

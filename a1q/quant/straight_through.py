@@ -48,17 +48,17 @@ def grid_weight(
 ) -> Tensor:
     """Ŵ [out, in]; `lut` is [n, L], `factors` is (a [out, r], g [r], b [r, in]) or None.
 
-    With `latent` [out, in] the indices are derived from `gain` times it (once, where None), else `indices` stand. With
-    `fp16` the LUT and the folded factors A√g and √gB are rounded to fp16 first, with the identity as gradient.
+    With `latent` [out, in] the indices are derived from it times `gain` [out] (1 where None), else `indices` stand.
+    With `fp16` the LUT and the folded factors A√g and √gB are rounded to fp16 first, with the identity as gradient.
     """
     a, g, b = factors if factors is not None else (None, None, None)
     return _GridWeight.apply(indices, latent, lut, a, g, b, fp16, gain)
 
 
 def assign(weight: Tensor, lut: Tensor, scale: Tensor | None, gain: Tensor | None) -> Tensor:
-    """Indices uint8 [out, in] of the entries of `lut` [n, L] nearest to gain · W / S; right for negative S too."""
+    """Indices uint8 [out, in] of the entries of `lut` [n, L] nearest to gain ⊙ W / S, gain [out]; S may be negative."""
     values = weight if scale is None else weight / safe_scale(scale)
-    return nearest(values, lut if gain is None else lut / gain)
+    return nearest(values if gain is None else values * gain[:, None], lut)
 
 
 class _GridWeight(torch.autograd.Function):

@@ -61,6 +61,19 @@ def test_latent_decides_the_indices_everywhere() -> None:
     assert torch.equal(module.weight, expected)
 
 
+@pytest.mark.parametrize("spec", SPECS)
+def test_tables_that_training_disordered_mean_the_same_everywhere(spec) -> None:
+    module = QuantLinear.quantize(dense(), spec)
+    module.straight_through_fp16 = True
+    with torch.no_grad():
+        module.lut.copy_(module.lut.flip(-1) * 1.01)
+    expected = module.weight.detach().clone()
+    torch.testing.assert_close(module.dequantize(), expected, rtol=3e-3, atol=1e-5)
+    module.snap()
+    assert torch.equal(module.weight, expected)
+    assert bool((module.lut.diff(dim=-1) >= 0).all())
+
+
 def test_a_latent_from_the_grid_changes_nothing() -> None:
     module = QuantLinear.quantize(dense(), SPECS[1], keep_latent=False)
     before = module.dequantize()

@@ -110,3 +110,15 @@ def test_zero_rows_columns_and_weights_stay_finite(rank: int) -> None:
             assert all(bool(torch.isfinite(part).all()) for part in lowrank.balance(fit))
     quantized = lowrank.als(weight, importance, 2, rank, True, 4).weight()
     assert float(quantized[3].abs().max()) < 0.05 * float(weight.abs().max())
+
+
+def test_unit_gain_restores_the_response_of_every_row() -> None:
+    weight, importance = random_weight(8, 12, 64)
+    weight[4] = 0
+    fit = lowrank.als(weight, importance, 2, 1, True, 20)
+    gain = lowrank.unit_gain(fit, weight, importance)
+    response = ((gain[:, None] * fit.weight() * weight) @ importance) / (weight.square() @ importance)
+    rows = torch.arange(12) != 4
+    torch.testing.assert_close(response[rows], torch.ones(11, dtype=torch.float64))
+    assert bool((gain[rows] > 1).all())
+    assert bool(torch.isfinite(gain).all())

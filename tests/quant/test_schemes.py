@@ -54,7 +54,7 @@ def test_assignment_is_the_nearest_point_of_the_grid(spec) -> None:
         name: part.double() if name != "indices" else part
         for name, part in scheme.fit(random_weight(), None, 0).items()
     }
-    weight = random_weight(1).double() * parts.get("gain", 1)
+    weight = random_weight(1).double() * parts.get("gain", torch.ones(12))[:, None]
     assigned = scheme.dequantize({**parts, "indices": scheme.assign(parts, random_weight(1).double())})
     every = [
         scheme.dequantize({**parts, "indices": torch.full_like(parts["indices"], index)})

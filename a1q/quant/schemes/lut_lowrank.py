@@ -1,10 +1,10 @@
 """Look-up table times low-rank scale: Ŵ = LUT[idx] ⊙ (A diag(g) B).
 
-Parts: `indices` uint8 [out, in], `lut` [2**bits] ascending, `a` [out, r], `g` [r], `b` [r, in], and `gain` [1], which
-never trains: indices are those of the entries nearest to gain · W. Fits by `als` make Ŵ larger by that factor than
-least squares would (`a1q.quant.lowrank.unit_gain`), with the indices of the unscaled grid. Snapped parts are fp16 and
-hold A√g and √gB as `a` and `b`, without `g` and `gain`. S = A diag(g) B may be negative at ranks above 1 and has no
-floor; at rank 1 fits keep a, b > 0.
+Parts: `indices` uint8 [out, in], `lut` [2**bits] ascending, `a` [out, r], `g` [r], `b` [r, in], and `gain` [out], which
+never trains: indices are those of the entries nearest to gain ⊙ W. Fits by `als` make rows of Ŵ larger by that factor
+than least squares would (`a1q.quant.lowrank.unit_gain`), with the indices of the unscaled grid. Snapped parts are fp16
+and hold A√g and √gB as `a` and `b`, without `g` and `gain`. S = A diag(g) B may be negative at ranks above 1 and has
+no floor; at rank 1 fits keep a, b > 0.
 """
 
 from __future__ import annotations
@@ -56,12 +56,10 @@ class LutLowrank(Scheme):
         rank = self.config.rank
         shapes: dict[str, tuple[int, ...]] = {"lut": (2**self.config.bits,), "a": (shape[0], rank)}
         if not snapped:
-            shapes |= {"g": (rank,), "gain": (1,)}
+            shapes |= {"g": (rank,), "gain": (shape[0],)}
         return {**shapes, "b": (rank, shape[1])}
 
     def fit(self, weight: Tensor, statistics: Tensor | None, seed: int) -> dict[str, Tensor]:
-        import torch
-
         from a1q.quant import lowrank
         from a1q.quant.importance import importance_of
 
@@ -69,12 +67,12 @@ class LutLowrank(Scheme):
         weight = weight.detach().float()
         if config.fit == "absmax_svd":
             fit = lowrank.absmax_svd(weight, config.bits, config.rank, config.group_size)
-            gain = torch.ones(1, device=weight.device)
+            gain = weight.new_ones(len(weight))
         else:
             importance = importance_of(weight, statistics)
             fit = lowrank.als(weight, importance, config.bits, config.rank, config.lut == "learned", config.rounds)
             gain = lowrank.unit_gain(fit, weight, importance)
-            fit.a = fit.a * gain
+            fit.a = fit.a * gain[:, None]
         a, g, b = lowrank.balance(fit)
         parts = {"lut": fit.lut, "a": a, "g": g, "b": b, "gain": gain}
         return {"indices": self.assign(parts, weight), **parts}
