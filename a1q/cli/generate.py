@@ -41,7 +41,9 @@ Examples:
     show_default=True,
     help="Draw from the likeliest tokens that together have this probability.",
 )
-@click.option("--seed", type=click.IntRange(min=0, max=2**63 - 1), default=0, show_default=True, help="Same seed, same text.")
+@click.option(
+    "--seed", type=click.IntRange(min=0, max=2**63 - 1), default=0, show_default=True, help="Same seed, same text."
+)
 @click.option("--device", type=click.Choice(DEVICES), default="auto", show_default=True)
 @json_option
 def command(
@@ -66,7 +68,13 @@ def command(
         folder = locate_model(model)
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
         facts = _generate(
-            folder, text, max_tokens, sampling if temperature else {"do_sample": False}, seed, device, stream=not as_json
+            folder,
+            text,
+            max_tokens,
+            sampling if temperature else {"do_sample": False},
+            seed,
+            device,
+            stream=not as_json,
         )
     if as_json:
         print_json({"ok": True, "model": model, "folder": str(folder), "seed": seed, "prompt": text, **facts})
@@ -111,18 +119,26 @@ def _generate(
     place = _device(device)
     tokenizer = _tokenizer(folder)
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(place)
+    length = inputs["input_ids"].shape[1]
+    if not length:  # without its files transformers makes a tokenizer of no words
+        raise MismatchError(f"the tokenizer of {folder} finds no token in the prompt; is its tokenizer.json there?")
     try:
         model = load_model(folder, device=place)
     except StageError as error:
         raise MismatchError(str(error)) from None
-    length, context = inputs["input_ids"].shape[1], model.config.max_position_embeddings
+    context = model.config.max_position_embeddings
     if length >= context:
-        raise UsageError(f"the prompt has {length} tokens, and the model's context of {context} must hold an answer too")
+        raise UsageError(
+            f"the prompt has {length} tokens, and the model's context of {context} must hold an answer too"
+        )
     _write_out(model)
     ends = _end_tokens(folder, tokenizer, model.config)
     model.generation_config = GenerationConfig()  # else its own sampling settings would fill in ours
     settings = GenerationConfig(
-        max_new_tokens=min(max_tokens, context - length), eos_token_id=ends or None, pad_token_id=(ends or [0])[0], **sampling
+        max_new_tokens=min(max_tokens, context - length),
+        eos_token_id=ends or None,
+        pad_token_id=(ends or [0])[0],
+        **sampling,
     )
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
     torch.manual_seed(seed)

@@ -37,7 +37,9 @@ def locate_model(name: str) -> Path:
     try:
         return resolve_source(name).path
     except MismatchError as error:
-        raise MismatchError([Problem(item.message, hint=item.hint + _near_run(name)) for item in error.problems]) from None
+        raise MismatchError(
+            [Problem(item.message, hint=item.hint + _near_run(name)) for item in error.problems]
+        ) from None
 
 
 def _run_folder(name: str) -> Path | None:
@@ -67,7 +69,9 @@ def _of_run(folder: Path, stage_id: str | None) -> Path:
         what = f"made a {stages[stage_id]['kind']}, not a model" if stage_id in stages else "is not in that run"
         hint = f"did you mean {folder}:{near[0]}?" if near else f"models there: {', '.join(usable) or 'none'}"
         raise UsageError(f"stage {stage_id!r} of {folder} {what}; {hint}")
-    found = folder / "export" / stage_id if stages[stage_id]["kind"] == "package" else Path(stages[stage_id]["artifact"])
+    found = (
+        folder / "export" / stage_id if stages[stage_id]["kind"] == "package" else Path(stages[stage_id]["artifact"])
+    )
     _refuse_core_ml(found)
     if not found.is_dir():
         hint = "the command that made the run makes it again"
@@ -78,4 +82,6 @@ def _of_run(folder: Path, stage_id: str | None) -> Path:
 def _refuse_core_ml(path: Path) -> None:
     if path.suffix == ".mlpackage" or any(path.glob("*.mlpackage")):
         message = f"{path} is a Core ML package, which only Core ML on a Mac runs; `a1q generate` can't yet"
-        raise MismatchError([Problem(message, hint="take the model it was exported from: a run folder, or RUN:STAGE_ID")])
+        raise MismatchError(
+            [Problem(message, hint="take the model it was exported from: a run folder, or RUN:STAGE_ID")]
+        )
