@@ -28,13 +28,14 @@ class SnapStage(Stage):
     Config = SnapConfig
 
     def plan(self, ctx: PlanContext) -> Outcome:
-        """There must be quantized modules, and none that is snapped already."""
+        """There must be quantized modules; those that are snapped already stay as they are."""
         view: ModelView = ctx.views["model"]
         states = [module.state for module in view.modules.values()]
-        if SNAPPED in states:
-            ctx.recipe_problem("", "the model here is snapped already", "snap once, after all training")
-        elif QUANTIZED not in states:
-            ctx.recipe_problem("", "no module of the model here is quantized", "put a `quantize` stage before it")
+        if QUANTIZED not in states:
+            if SNAPPED in states:
+                ctx.recipe_problem("", "the model here is snapped already", "snap once, after all training")
+            else:
+                ctx.recipe_problem("", "no module of the model here is quantized", "put a `quantize` stage before it")
         changed = {
             name: dataclasses.replace(module, state=SNAPPED, latent=False)
             for name, module in view.modules.items()
@@ -67,13 +68,15 @@ class SnapStage(Stage):
         prepare_torch(ctx.runtime, ctx.seed)
         model = load_model(source.path)
         modules = dict(quantized_modules(model))
+        unsnapped = {name: module for name, module in modules.items() if module.state == QUANTIZED}
         worst, worst_name = 0.0, ""
-        for name, module in modules.items():
+        for step, (name, module) in enumerate(unsnapped.items(), 1):
             before = module.dequantize()
             module.snap()
             wrong, whole = relative_error(before, module.dequantize(), None)
             if whole and wrong / whole >= worst:
                 worst, worst_name = wrong / whole, name
+            ctx.progress(step, len(unsnapped))
         own = {id(parameter) for module in modules.values() for parameter in module.parameters()}
         with torch.no_grad():
             for name, parameter in model.named_parameters():
@@ -86,7 +89,7 @@ class SnapStage(Stage):
         save_model(model, ctx.out, tokenizer_from=source.path)
         compare_round_trip(model, ctx.out)
         ctx.metrics.update(
-            modules=len(modules), worst_error=worst, worst_module=worst_name, round_trip=True, **report_bits(ctx.out)
+            modules=len(unsnapped), worst_error=worst, worst_module=worst_name, round_trip=True, **report_bits(ctx.out)
         )
 
 

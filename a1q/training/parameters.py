@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from a1q.engine.pattern import compile_pattern
 from a1q.engine.stage import Group
 from a1q.errors import StageError
+from a1q.models.view import QUANTIZED
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -21,9 +22,10 @@ NORMS = "norms"
 def select_modules(
     modules: Mapping[str, QuantLinear], groups: Mapping[str, Group], names: Iterable[str] | None
 ) -> dict[str, QuantLinear]:
-    """The modules that the named groups match, in model order; all of them for None."""
+    """Those of `modules` that still train and that the named groups match (all for None), in model order."""
+    modules = {name: module for name, module in modules.items() if module.state == QUANTIZED}
     if names is None:
-        return dict(modules)
+        return modules
     patterns = [compile_pattern(groups[name].match) for name in names]
     return {name: module for name, module in modules.items() if any(each.fullmatch(name) for each in patterns)}
 

@@ -42,8 +42,9 @@ def run(
     inputs: Mapping[str, Artifact | None],
     options: Mapping[str, Any],
     data: Mapping[str, DataEntry] | None = None,
+    **more: Any,
 ) -> tuple[Artifact, StageContext]:
-    """Run a stage in a new folder of `folder`; the artifact it made, and its context."""
+    """Run a stage in a new folder of `folder`, `more` in its context; the artifact it made, and the context."""
     out = folder / f"{stage}{sum(1 for _ in folder.iterdir()) if folder.is_dir() else 0}"
     out.mkdir(parents=True)
     ctx = StageContext(
@@ -56,6 +57,7 @@ def run(
         runtime=Runtime(threads=1),
         groups=ALL_GROUPS,
         data=data or {},
+        **more,
     )
     Registry().get("stages", stage)().run(ctx)
     kind = Registry().schema("stages", stage)["x-a1q"]["output"]

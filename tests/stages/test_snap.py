@@ -1,16 +1,17 @@
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 
 from a1q.engine.artifact import Artifact
-from a1q.errors import StageError
+from a1q.errors import Interrupted, StageError
 from a1q.models.checkpoint import load_model, save_model
 from a1q.models.view import read_safetensors_header
-from a1q.quant.linear import quantized_modules
+from a1q.quant.linear import quantized_modules, swap_module
 from a1q.stages.snap import compare_round_trip
-from tests.stages.quantizing import plan, run, view_of
-from tests.training.student import build
+from tests.stages.quantizing import MLP4, plan, run, view_of
+from tests.training.student import build, read_tensors
 
 UP = "model.layers.0.mlp.up_proj"
 
@@ -61,6 +62,34 @@ def test_order_of_stages(tmp_path: Path, inputs: dict[str, Artifact]) -> None:
     assert (message, mismatch) == ("the model here is snapped already", False)
     dense = Artifact("model", inputs["model"].path.parent / "dense", "")
     assert "no module of the model here is quantized" in plan("snap", {"model": view_of(dense)}, {})[1][0][1]
+
+
+def test_what_is_quantized_after_a_snap_trains_and_is_snapped_by_a_second_one(
+    tmp_path: Path, inputs: dict[str, Artifact]
+) -> None:
+    def attention_only(model) -> None:
+        for name, module in list(quantized_modules(model)):
+            if ".mlp." in name:
+                dense = torch.nn.Linear(module.in_features, module.out_features, bias=False)
+                dense.weight = torch.nn.Parameter(module.latent.detach())
+                swap_module(model, name, dense)
+
+    source = changed(tmp_path / "attention", inputs["model"], attention_only)
+    first, _ = run("snap", tmp_path, {"model": source}, {})
+    both, _ = run("quantize", tmp_path, {"model": first}, {"rules": {"mlp": MLP4}})
+    train = {"objective": {"kd": "teacher"}, "steps": 1, "batch": {"sequences": 2}, "evaluate_sequences": 2}
+    trained, _ = run("train", tmp_path, {**inputs, "model": both}, train)
+    assert plan("snap", {"model": view_of(trained)}, {})[1] == []
+    second, ctx = run("snap", tmp_path, {"model": trained}, {})
+    assert ctx.metrics["modules"] == 6
+    before, after = read_tensors(first.path), read_tensors(second.path)
+    assert all(torch.equal(before[name], after[name]) for name in before if ".mlp." not in name)
+    assert {module.state for _, module in quantized_modules(load_model(second.path))} == {"snapped"}
+
+
+def test_a_stop_is_honoured_between_modules(tmp_path: Path, inputs: dict[str, Artifact]) -> None:
+    with pytest.raises(Interrupted):
+        run("snap", tmp_path, {"model": inputs["model"]}, {}, should_stop=lambda: signal.SIGTERM)
 
 
 def test_what_fp16_cannot_hold_is_named(tmp_path: Path, inputs: dict[str, Artifact]) -> None:
