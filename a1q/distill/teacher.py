@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+FEW = 64
+"""Up to one in so many, torch.topk keeps a short sorted list instead, which is fast."""
 UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.int32}
 """Type of a stored id or offset, by its bytes."""
 
@@ -114,7 +116,7 @@ def ask_teacher(
             raise StageError(
                 "the teacher's logits are not finite; is its checkpoint intact, is `runtime.amp` too coarse?"
             )
-        top, ids = torch.topk(logits, top_k, dim=-1)
+        top, ids = largest(logits, top_k)
         offsets = draw_offsets((*tokens.shape, random_negatives), vocabulary - top_k, generator)
         negatives = offsets_to_ids(offsets.to(tokens.device), ids, vocabulary)
         base = lse.unsqueeze(-1)
@@ -129,6 +131,24 @@ def ask_teacher(
             "negative_logits": (logits.gather(-1, negatives) - base).clamp_min(lowest).half().cpu().numpy(),
             "lse": lse.cpu().numpy(),
         }
+
+
+def largest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` largest of the last dimension and their indices (int64), descending, as `torch.topk` has them.
+
+    On the CPU, unless `count` is a small part of the whole, topk copies all values into pairs to select among them;
+    NumPy's partition takes less than half the time.
+    """
+    import torch
+
+    vocabulary = logits.shape[-1]
+    if logits.device.type != "cpu" or count * FEW <= vocabulary:
+        top, ids = torch.topk(logits, count, dim=-1)
+        return top, ids
+    first = vocabulary - count
+    ids = torch.from_numpy(np.argpartition(logits.numpy(), first, axis=-1)[..., first:])
+    top, order = logits.gather(-1, ids).sort(dim=-1, descending=True)
+    return top, ids.gather(-1, order)
 
 
 def publish_shards(folder: Path, names: dict[str, list[str]], out: Path) -> None:

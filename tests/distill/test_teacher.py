@@ -3,7 +3,7 @@ import os
 import pytest
 import torch
 
-from a1q.distill.teacher import ask_teacher, publish_shards, shard_names, write_shards
+from a1q.distill.teacher import ask_teacher, largest, publish_shards, shard_names, write_shards
 from a1q.engine.artifact import sha256_file
 from a1q.errors import StageError
 from tests.distill.fakes import Killed, TableModel, random_tokens, write
@@ -118,6 +118,13 @@ def test_logits_that_are_not_finite_are_refused(tmp_path, parts):
             seed=0,
         )
     assert not digests(tmp_path)
+
+
+@pytest.mark.parametrize(("vocabulary", "count"), [(500, 64), (500, 1), (500, 500), (5000, 64)])
+def test_largest_is_topk(vocabulary, count):
+    logits = torch.randperm(2 * 3 * vocabulary).reshape(2, 3, vocabulary).float()
+    for found, wanted in zip(largest(logits, count), torch.topk(logits, count, dim=-1), strict=True):
+        assert torch.equal(found, wanted)
 
 
 def test_a_forbidden_token_is_stored_as_a_finite_number(parts):
