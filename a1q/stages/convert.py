@@ -30,6 +30,7 @@ class ConvertConfig:
     method: str
     statistics: str | None
     teacher: str | None
+    teacher_model: Any
     kl_sequences: int
 
 
@@ -164,5 +165,9 @@ def _kl_meter(ctx: StageContext, device: Any) -> Any:
     cache = TeacherCache(cache_artifact.path)
     count = min(ctx.config.kl_sequences, cache.size("tune"))
     tokens = cache.batch(numpy.arange(count), "tune").tokens.numpy()
-    teacher = load_model(find_teacher(cache_artifact), device=device)
-    return lambda model: evaluate_model(model, teacher, tokens, device=device)["kl"]
+    teacher = load_model(find_teacher(cache_artifact, ctx.inputs.get("teacher_model")), device=device)
+
+    def measure(model: Any) -> float:
+        return evaluate_model(model, teacher, tokens, device=device, progress=ctx.progress)["kl"]
+
+    return measure

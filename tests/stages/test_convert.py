@@ -105,6 +105,15 @@ def test_wrong_orders_and_options_are_problems_at_the_rule(tmp_path: Path, built
     assert "published" in first(built["model"], rules={"mlp": {"bits": 6}}, method="published")[1]
 
 
+def test_the_recipes_own_model_serves_as_teacher_wherever_it_is_now(tmp_path: Path, built: dict[str, Artifact]) -> None:
+    shutil.copytree(built["teacher"].path, tmp_path / "cache", ignore=shutil.ignore_patterns(FOLDER))
+    noted = {"source": str(tmp_path / "gone"), "revision": None, "digest": built["dense"].digest}
+    moved = dataclasses.replace(built["teacher"], path=tmp_path / "cache", meta={"teacher": noted})
+    inputs = {"model": built["model"], "teacher": moved, "teacher_model": built["dense"]}
+    _, ctx = run("convert", tmp_path, inputs, {"rules": {"mlp": {"bits": 2}}, "kl_sequences": 2})
+    assert ctx.metrics["kl_after"] > 0
+
+
 def test_without_latents_the_plan_says_what_is_fitted(tmp_path: Path, built: dict[str, Artifact]) -> None:
     model = load_model(built["model"].path)
     for _, module in quantized_modules(model):
