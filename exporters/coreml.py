@@ -112,7 +112,10 @@ class CoremlExporter(Exporter):
         weights = decoder_weights(loaded)
         layout = layout_of(weights, architecture.vocabulary, config.context, config.prefill)
         ctx.log(f"writing {PACKAGE}: {architecture.layers} layers, context {config.context}")
-        write_package(build_program(architecture, weights, layout), ctx.out / PACKAGE)
+        built, total = itertools.count(1), len(layout.functions) * architecture.layers
+        program = build_program(architecture, weights, layout, lambda: ctx.progress(next(built), total))
+        write_package(program, ctx.out / PACKAGE)
+        del program, weights
         copy_companions(model.path, ctx.out)
         package = read_package(ctx.out / PACKAGE)
         (ctx.out / "meta.json").write_text(json.dumps(_meta(view, config, layout), indent=2) + "\n", encoding="utf-8")

@@ -49,8 +49,10 @@ class PackedExporter(Exporter):
             from a1q.quant.linear import quantized_modules
 
             loaded = load_model(model.path)
-            for _, module in quantized_modules(loaded):
+            modules = dict(quantized_modules(loaded))
+            for step, module in enumerate(modules.values(), 1):
                 module.drop_latent()
+                ctx.progress(step, len(modules))
             save_model(loaded, ctx.out, tokenizer_from=model.path)
         total = sum(path.stat().st_size for path in ctx.out.rglob("*") if path.is_file())
         if not total:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -59,8 +60,9 @@ class SafetensorsExporter(Exporter):
 
         torch.manual_seed(ctx.seed)
         loaded = load_model(model.path)
-        state = _fp16_state(loaded)
+        state = _fp16_state(loaded, ctx.progress)
         save_torch_state_dict(state, ctx.out, max_shard_size=config.shard_size, metadata={"format": "pt"})
+        del state  # the comparison holds the model a second time
         loaded.config.dtype = torch.float16
         loaded.config.save_pretrained(ctx.out)
         copy_companions(model.path, ctx.out)
@@ -97,27 +99,36 @@ class SafetensorsExporter(Exporter):
             )
 
 
-def _fp16_state(model: nn.Module) -> dict[str, Tensor]:
+def _fp16_state(model: nn.Module, progress: Callable[[int, int], None]) -> dict[str, Tensor]:
     """The Hugging Face state dict with every weight dense in fp16; a tied head appears once, as the embedding.
+
+    Weights are written out and rounded one by one: all of them in float32 would be twice the memory.
 
     Raises:
         StageError: if a weight is not finite in fp16.
     """
-    import torch
-
     from a1q.quant.linear import quantized_modules
 
     quantized = dict(quantized_modules(model))
     inside = tuple(f"{name}." for name in quantized)
-    state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(inside)}
-    for name, module in quantized.items():
-        state[f"{name}.weight"] = module.dequantize().detach()
+    tied = model.config.tie_word_embeddings  # type: ignore[union-attr]
+    state = {
+        name: _fp16(name, tensor)
+        for name, tensor in model.state_dict().items()
+        if not name.startswith(inside) and not (tied and name == "lm_head.weight")
+    }
+    for step, (name, module) in enumerate(quantized.items(), 1):
+        state[f"{name}.weight"] = _fp16(f"{name}.weight", module.dequantize())
         if module.bias is not None:
-            state[f"{name}.bias"] = module.bias.detach()
-    if model.config.tie_word_embeddings:  # type: ignore[union-attr]
-        state.pop("lm_head.weight", None)
-    for name, tensor in state.items():
-        largest = tensor.abs().max().item() if tensor.numel() else 0.0
-        if not largest <= FP16_MAX:
-            raise StageError(f"{name} does not fit FP16: its largest value is {largest:g}, FP16 ends at {FP16_MAX:g}")
-    return {name: tensor.to(torch.float16).contiguous() for name, tensor in state.items()}
+            state[f"{name}.bias"] = _fp16(f"{name}.bias", module.bias)
+        progress(step, len(quantized))
+    return state
+
+
+def _fp16(name: str, tensor: Tensor) -> Tensor:
+    import torch
+
+    largest = tensor.abs().max().item() if tensor.numel() else 0.0
+    if not largest <= FP16_MAX:
+        raise StageError(f"{name} does not fit FP16: its largest value is {largest:g}, FP16 ends at {FP16_MAX:g}")
+    return tensor.detach().to(torch.float16).contiguous()

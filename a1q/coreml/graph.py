@@ -7,6 +7,7 @@ layers + i. Positions, mask and rotation are computed inside from the input `pos
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,8 +58,13 @@ def head_is_table(weights: DecoderWeights, layout: Layout) -> bool:
     return "lm_head" not in weights.linears and layout.head_parts == 1
 
 
-def build_program(architecture: Architecture, weights: DecoderWeights, layout: Layout) -> Any:
-    """The MIL program (`coremltools.converters.mil.mil.Program`)."""
+def build_program(
+    architecture: Architecture,
+    weights: DecoderWeights,
+    layout: Layout,
+    tick: Callable[[], None] = lambda: None,
+) -> Any:
+    """The MIL program (`coremltools.converters.mil.mil.Program`); `tick` is called after every layer of a function."""
     ct = coremltools()
     from coremltools.converters.mil import Builder as mb
     from coremltools.converters.mil.mil import Function, Placeholder, Program, types
@@ -72,7 +78,7 @@ def build_program(architecture: Architecture, weights: DecoderWeights, layout: L
         state = (2 * architecture.layers, architecture.kv_heads, layout.context, architecture.head_dim)
         inputs[STATE] = StateTensorPlaceholder(sym_shape=state, dtype=types.fp16, name=STATE)
         with Function(inputs, opset_version=ct.target.iOS18) as function:
-            function.set_outputs(_Decoder(architecture, weights, layout, positions).build(function.inputs))
+            function.set_outputs(_Decoder(architecture, weights, layout, positions, tick).build(function.inputs))
         program.add_function(name, function)
     program.default_function_name = "infer"
     program.export_as_multifunction = True
@@ -82,7 +88,15 @@ def build_program(architecture: Architecture, weights: DecoderWeights, layout: L
 class _Decoder:
     """Emits one function."""
 
-    def __init__(self, architecture: Architecture, weights: DecoderWeights, layout: Layout, positions: int):
+    def __init__(
+        self,
+        architecture: Architecture,
+        weights: DecoderWeights,
+        layout: Layout,
+        positions: int,
+        tick: Callable[[], None],
+    ):
+        self.tick = tick
         self.architecture = architecture
         self.weights = weights
         self.layout = layout
@@ -103,6 +117,7 @@ class _Decoder:
         for index in range(self.architecture.layers):
             x = mb.add(x=x, y=self._attention(x, index))
             x = mb.add(x=x, y=self._mlp(x, index))
+            self.tick()
         if self.positions > 1:
             x = self._select(x, inputs["last"])
         return self._head(self._norm(x, "model.norm", axis=1), table)

@@ -188,9 +188,11 @@ def test_a_weight_beyond_fp16(tmp_path):
         CoremlExporter().export(artifact(model, tmp_path), config(), context(tmp_path / "out"))
 
 
-def test_verification_can_be_interrupted(tmp_path):
+@pytest.mark.parametrize("steps", [1, 5], ids=["building", "verification"])
+def test_it_can_be_interrupted(tmp_path, steps):
     ctx = context(tmp_path / "out")
-    ctx.should_stop = lambda: 15
+    asked = iter([0] * steps + [15])
+    ctx.should_stop = lambda: next(asked)
     with pytest.raises(Interrupted):
         CoremlExporter().export(artifact(decoder(), tmp_path), config(), ctx)
 

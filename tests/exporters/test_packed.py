@@ -1,5 +1,7 @@
+import pytest
 import torch
 
+from a1q.errors import Interrupted
 from a1q.exporters.packed import PackedConfig, PackedExporter
 from a1q.models.checkpoint import load_model
 from a1q.models.view import read_view
@@ -31,3 +33,10 @@ def test_without_latents_the_weights_are_the_same_in_fewer_bytes(quantized_model
     assert size == header + estimate
     assert (ctx.out / "tokenizer.json").is_file()
     assert ctx.metrics["bytes"] >= size
+
+
+def test_a_stop_is_honoured(quantized_model, dense_folder, tmp_path):
+    ctx = context(tmp_path / "out")
+    ctx.should_stop = lambda: 15
+    with pytest.raises(Interrupted):
+        PackedExporter().export(save(quantized_model, tmp_path / "model", dense_folder), PackedConfig("drop"), ctx)

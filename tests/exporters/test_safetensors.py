@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from a1q.engine.artifact import Artifact
-from a1q.errors import StageError
+from a1q.errors import Interrupted, StageError
 from a1q.exporters.safetensors import SafetensorsConfig, SafetensorsExporter
 from a1q.models.checkpoint import load_model
 from a1q.models.view import read_view
@@ -23,7 +23,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 folder = sys.argv[1]
 tokens = AutoTokenizer.from_pretrained(folder)("Return a list of the words", return_tensors="pt").input_ids
 model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-print(model(tokens).logits[0, -1].argmax().item(), next(AutoModelForCausalLM.from_pretrained(folder).parameters()).dtype)
+stored = next(AutoModelForCausalLM.from_pretrained(folder).parameters()).dtype
+print(model(tokens).logits[0, -1].argmax().item(), stored)
 """
 
 
@@ -106,8 +107,8 @@ def test_a_folder_that_computes_something_else_fails(snapped, dense_folder, tmp_
 
     honest = safetensors._fp16_state
 
-    def broken(model):
-        state = honest(model)
+    def broken(*arguments):
+        state = honest(*arguments)
         state["model.layers.0.mlp.up_proj.weight"].neg_()
         return state
 
@@ -115,6 +116,13 @@ def test_a_folder_that_computes_something_else_fails(snapped, dense_folder, tmp_
     artifact = save(snapped, tmp_path / "model", dense_folder)
     with pytest.raises(StageError, match="computes other logits"):
         SafetensorsExporter().export(artifact, CONFIG, context(tmp_path / "out"))
+
+
+def test_a_stop_is_honoured(snapped, dense_folder, tmp_path):
+    ctx = context(tmp_path / "out")
+    ctx.should_stop = lambda: 15
+    with pytest.raises(Interrupted):
+        SafetensorsExporter().export(save(snapped, tmp_path / "model", dense_folder), CONFIG, ctx)
 
 
 def test_unsnapped_modules_are_refused(quantized_model, dense_folder, tmp_path):
