@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 
 from a1q.models.checkpoint import load_model, save_model
-from tests.cli.support import a1q, process
+from tests.cli.support import a1q
 from tests.cli.test_validate import HEAVY, loaded_by
 from tests.tiny import tiny_folder
 
 RECIPE = """\
 a1q: 1
 name: small
+runtime: {device: cpu, threads: 1}
 model: {source: MODEL}
 groups:
   mlp: {match: '.*mlp.*'}
@@ -39,8 +40,10 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("generate")
     model = tiny_folder(folder / "tiny")
     (folder / "small.yaml").write_text(RECIPE.replace("MODEL", str(model)))
-    result = process("run", folder / "small.yaml", "-o", folder / "runs" / "small", home=folder / "home")
-    assert result.returncode == 0, result.stderr
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("A1Q_HOME", str(folder / "home"))
+        result = a1q("run", folder / "small.yaml", "-o", folder / "runs" / "small")
+    assert result.exit_code == 0, result.output
     return folder
 
 
