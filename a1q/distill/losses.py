@@ -29,9 +29,10 @@ if TYPE_CHECKING:
 TAILS = ("bucket", "negatives", "candidates")
 
 
-def tail_problem(tail: str, temperature: float, random_negatives: int) -> str:
-    """Say why a cache with that many random negatives can't serve this loss; empty when it can. No torch."""
-    if random_negatives or tail == "candidates":
+def tail_problem(tail: str, temperature: float, random_negatives: int, rest: int) -> str:
+    """Say why a cache with that many random negatives among `rest` ids outside its top-k can't serve this loss; empty
+    when it can. No torch."""
+    if random_negatives or not rest or tail == "candidates":
         return ""
     if tail == "negatives":
         return "tail: negatives needs random negatives, and the cache has none"
@@ -72,8 +73,9 @@ def kd_loss(
         raise ValueError(f"tail is one of {', '.join(TAILS)}, not {tail!r}")
     if logits.shape[-1] != batch.vocabulary:
         raise ValueError(f"the student's vocabulary is {logits.shape[-1]}, the teacher's {batch.vocabulary}")
-    problem = tail_problem(tail, temperature, batch.negatives.shape[-1])
-    if problem and batch.ids.shape[-1] < batch.vocabulary:
+    rest = batch.vocabulary - batch.ids.shape[-1]
+    problem = tail_problem(tail, temperature, batch.negatives.shape[-1], rest)
+    if problem:
         raise ValueError(problem)
     logits = logits.float() if logits.dtype != torch.float64 else logits
     kept, sampled = batch.ids.shape[-1], batch.negatives.shape[-1]

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 from a1q.engine.matching import summarize
 from a1q.engine.stage import Outcome, PlanContext, Stage, StageContext
 from a1q.errors import StageError
+from a1q.quant.bits import disk_bytes
 from a1q.training.distillation import BatchConfig, Distillation, Objective
 from a1q.training.planning import (
     activation_bytes,
     check_teacher,
     checkpoint_note,
     listed,
-    model_bytes,
     quantized_targets,
     weight_count,
 )
@@ -77,7 +77,7 @@ class LoraRecoverStage(Stage):
         adapters = config.rank * sum(rows + columns for rows, columns in sizes)
         if config.merge == "adapter":
             changed = {name: dataclasses.replace(item, adapter=config.rank) for name, item in targets.items()}
-            view, kept = view.replace(changed), 2 * 4 * adapters
+            view, kept = view.replace(changed), 4 * adapters  # once more as a PEFT folder
         else:
             kept = 0
         # frozen quantized weights, kept for the backward pass; adapters with gradient, moments and best; the latents
@@ -85,7 +85,7 @@ class LoraRecoverStage(Stage):
         memory += activation_bytes(view, config.batch, ctx.views.get("teacher"))
         return Outcome(
             view=view,
-            disk_bytes=model_bytes(view, view.modules) + kept,
+            disk_bytes=disk_bytes(view) + kept,
             memory_bytes=memory,
             notes=(f"rank {config.rank} on {len(targets)} modules", *listed(targets), checkpoint_note(adapters)),
         )
@@ -183,23 +183,25 @@ def _refit(
     identity: Mapping[str, Any],
 ) -> bool:
     """Merge the adapters into the modules by a new fit and train scales and tables; return whether it helped."""
+    from a1q.quant.linear import fit_parts
     from a1q.training.loop import run_loop
     from a1q.training.parameters import parameter_groups
 
     config, before = ctx.config, ctx.metrics["kl_before"]
     starts: dict[str, dict[str, Any]] = {"assign": {}, "fit": {}}
     targets = {}
-    for name, module in chosen.items():
+    for step, (name, module) in enumerate(chosen.items(), 1):
         # The latent holds what the indices were rounded from: a small change moves indices there, where on the grid
         # itself it would round back to the same ones.
         base = latents[name] if name in latents else module.dequantize()
         target = targets[name] = base + module.adapter_delta()
         parts = {part: tensor.detach().clone() for part, tensor in module.parts().items()}
         starts["assign"][name] = {**parts, "indices": module.scheme.assign(parts, target)}
-        starts["fit"][name] = module.scheme.fit(target, None, ctx.seed)
+        starts["fit"][name] = fit_parts(module.scheme, target, None, ctx.seed)
         module.drop_adapter()
         if name in latents:
             module.start_latent(target)
+        ctx.progress(step, len(chosen))
 
     def put(parts_of: Mapping[str, Any]) -> None:
         for name, module in chosen.items():

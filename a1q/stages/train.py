@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from a1q.engine.stage import Outcome, PlanContext, Stage, StageContext
-from a1q.models.view import QUANTIZED, ModelView
+from a1q.quant.bits import disk_bytes
 from a1q.training.distillation import BatchConfig, Distillation, Objective
 from a1q.training.parameters import NORMS
 from a1q.training.planning import (
@@ -13,7 +14,6 @@ from a1q.training.planning import (
     check_teacher,
     checkpoint_note,
     listed,
-    model_bytes,
     quantized_targets,
     trained_count,
     weight_count,
@@ -80,9 +80,10 @@ class TrainStage(Stage):
         # moments and the best so far
         memory = 4 * view.parameters + count * (28 if weights else 8)
         memory += activation_bytes(view, config.batch, ctx.views.get("teacher"))
+        view = view.replace({name: dataclasses.replace(module, latent=weights) for name, module in targets.items()})
         return Outcome(
             view=view,
-            disk_bytes=model_bytes(view, _latents(view, set(targets), weights)),
+            disk_bytes=disk_bytes(view),
             memory_bytes=memory,
             notes=(
                 f"trains {', '.join(config.trainable)} of {len(targets)} modules",
@@ -162,9 +163,3 @@ class TrainStage(Stage):
         if after is not None:
             ctx.metrics.update(kl_before=result.start_tune, kl_after=after)
         ctx.metrics.update({name: value for name, value in result.metrics().items() if not name.endswith("_tune")})
-
-
-def _latents(view: ModelView, targets: set[str], weights: bool) -> list[str]:
-    """Modules whose latent the artifact may hold: what trains if weights do, and all that does not train."""
-    quantized = {name for name, module in view.modules.items() if module.state == QUANTIZED}
-    return sorted(quantized if weights else quantized - targets)

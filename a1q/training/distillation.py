@@ -59,7 +59,8 @@ class Distillation:
             raise MismatchError(
                 f"the student's vocabulary is {model.config.vocab_size}, the teacher's {cache.vocabulary}"
             )
-        problem = tail_problem(objective.tail, objective.temperature, cache.meta["random_negatives"])
+        rest = cache.vocabulary - cache.meta["top_k"]
+        problem = tail_problem(objective.tail, objective.temperature, cache.meta["random_negatives"], rest)
         if problem:
             raise StageError(problem)
         if not cache.size("train"):

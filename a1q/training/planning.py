@@ -46,7 +46,8 @@ def check_teacher(ctx: PlanContext, objective: Objective, view: ModelView) -> No
     teacher = ctx.views.get("teacher")
     if not teacher:
         return
-    problem = tail_problem(objective.tail, objective.temperature, teacher.get("random_negatives", 1))
+    rest = teacher.get("vocabulary", 0) - teacher.get("top_k", 0)
+    problem = tail_problem(objective.tail, objective.temperature, teacher.get("random_negatives", 1), rest)
     if problem:
         ctx.recipe_problem("objective.tail", problem, "cache some (`random_negatives: 128`) or use `tail: bucket`")
     vocabulary, own = teacher.get("vocabulary"), view.config.get("vocab_size")
@@ -81,17 +82,6 @@ def trained_count(modules: Iterable[ModuleView], sets: Sequence[str]) -> int:
         total += sum(math.prod(shapes[part]) for part in parts)
         total += weight_count([module]) if "weights" in sets else 0
     return total
-
-
-def model_bytes(view: ModelView, latents: Iterable[str]) -> int:
-    """Bytes of the model on disk, quantized modules packed, `latents` with their fp32 latent, the rest fp32."""
-    latents, packed, dense = set(latents), 0.0, view.parameters
-    for name, module in view.modules.items():
-        if module.state != DENSE and module.scheme is not None:
-            count = weight_count([module])
-            dense -= count
-            packed += count * module.scheme["bits"] / 8 + (4 * count if name in latents else 0)
-    return int(packed + 4 * dense)
 
 
 def activation_bytes(view: ModelView, batch: BatchConfig, teacher: Any) -> int:

@@ -187,10 +187,11 @@ def test_low_precision_logits_are_computed_on_in_float32(dtype):
 def test_what_the_cache_cannot_serve_is_refused():
     teacher, student = pair()
     bare = make_batch(teacher, 6, 0)
-    assert "random negatives" in tail_problem("negatives", 1.0, 0)
-    assert "random negatives" in tail_problem("bucket", 2.0, 0)
-    assert not tail_problem("bucket", 1.0, 0)
-    assert not tail_problem("candidates", 2.0, 0)
+    assert "random negatives" in tail_problem("negatives", 1.0, 0, 5)
+    assert "random negatives" in tail_problem("bucket", 2.0, 0, 5)
+    assert not tail_problem("bucket", 1.0, 0, 5)
+    assert not tail_problem("candidates", 2.0, 0, 5)
+    assert not tail_problem("negatives", 2.0, 0, 0)
     with pytest.raises(ValueError, match="random negatives"):
         kd_loss(student, bare, tail="negatives")
     with pytest.raises(ValueError, match="not 'whole'"):

@@ -158,6 +158,8 @@ def test_plan_names_what_trains_and_what_it_takes() -> None:
     assert outcome.notes[0] == "trains weights, scales, lut of 2 modules"
     assert "down_proj" not in "".join(outcome.notes)
     only_scales, _ = plan(view(gate="quantized", up="quantized", down="dense"), trainable=["scales"])
+    assert {module.latent for module in outcome.view.modules.values()} == {True, False}
+    assert not any(module.latent for module in only_scales.view.modules.values())
     assert only_scales.disk_bytes == outcome.disk_bytes - 2 * 4 * 96 * 64
     assert only_scales.memory_bytes < outcome.memory_bytes
     assert only_scales.notes[-1] == f"checkpoints take up to {3 * 16 * 2 * (96 + 64 + 1) / 1e6:,.1f} MB while it trains"
@@ -194,6 +196,8 @@ def test_plan_refuses_to_train_nothing() -> None:
 
 
 def test_plan_refuses_a_teacher_that_cannot_serve() -> None:
+    whole = {"vocabulary": 320, "top_k": 320, "seq_len": 16, "random_negatives": 0}
+    assert plan(view(gate="quantized"), whole)[1] == []
     teacher = {"vocabulary": 512, "seq_len": 16, "random_negatives": 0}
     _, problems = plan(view(gate="quantized"), teacher)
     assert {(path, kind) for path, _, _, kind in problems} == {
