@@ -6,6 +6,7 @@ from a1q.engine.artifact import Artifact
 from a1q.engine.stage import Group, Runtime
 from a1q.errors import MismatchError, Problem, RecipeError
 from a1q.models.view import ModelView, ModuleView
+from a1q.quant.schemes.lut_lowrank import LutLowrank
 from a1q.recipe import plan as plan_module
 from a1q.recipe import runtime
 from a1q.recipe.plan import make_plan
@@ -72,7 +73,7 @@ def test_a_plan_holds_everything_the_interpreter_needs(plan):
     assert grow.modules == {"mlp": ("model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj")}
     assert grow.data.keys() == {"text"}
     assert grow.plugins == {"stages/grow": "digest-of-grow"}
-    assert grow.parts == {"schemes/lut_lowrank": 1}
+    assert grow.parts == {"schemes/lut_lowrank": LutLowrank.version}
     assert last.inputs == {"model": "g", "teacher": "teach"}
 
 
