@@ -29,7 +29,7 @@ METHODS: dict[str, tuple[dict[str, Any], bool]] = {
     "als, rank 3, E[x²]": ({"scheme": "lut_lowrank", "rank": 3}, True),
 }
 LIMIT = 0.6
-"""What `als` may have of the KL of `absmax_svd` at 2 bits and the same rank."""
+"""What `als`, weighted by E[x²], may have of the KL of `absmax_svd` at 2 bits and the same rank."""
 
 
 def quantized(model: Any, spec: Mapping[str, Any], statistics: Mapping[str, Any]) -> tuple[Any, float]:
@@ -86,10 +86,9 @@ def main(source: str = "builtin:pico") -> None:
             )
     save("start", rows)
     print_table(f"{source}, {test.size:,} held-out tokens", list(rows[0]), [list(row.values()) for row in rows])
-    worst = max(
-        row["of_absmax_svd"] for row in rows if row["bits"] == 2 and row["method"] in ("als, rank 1", "als, rank 3")
-    )
-    print(f"als at 2 bits: {worst:.0%} of the KL of absmax_svd or less; the limit is {LIMIT:.0%}")
+    judged = [row for row in rows if row["bits"] == 2 and row["method"].endswith("E[x²]")]
+    worst = max(row["of_absmax_svd"] for row in judged)
+    print(f"als with E[x²] at 2 bits has at most {worst:.0%} of the KL of absmax_svd; the limit is {LIMIT:.0%}")
     if worst > LIMIT:
         sys.exit(1)
 
