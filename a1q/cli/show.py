@@ -31,7 +31,7 @@ def command(run: str, as_json: bool) -> None:
         print_json({**report, "lock": lock})
         return
     click.echo(f"{report['name']}, seed {report['seed']}, recipe {report['recipe']}")
-    if lock:
+    if {"runtime", "packages", "processor", "a1q", "python"} <= set(lock):  # else it is damaged
         runtime = lock["runtime"]
         versions = ", ".join(f"{name} {text}" for name, text in lock["packages"].items() if text)
         click.echo(f"{runtime['device']}, amp {runtime['amp']}, {runtime['threads']} threads, {lock['processor']}")

@@ -6,13 +6,15 @@ import contextlib
 import errno
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from a1q.errors import StageError
 
 _FICLONE = 0x40049409
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-_NO_ACCESS = (errno.EROFS, errno.EACCES, errno.EPERM)
+_NO_ACCESS = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+_NO_PATH = (errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 
 def home() -> Path:
@@ -70,9 +72,12 @@ def _reflink(reader: int, writer: int) -> bool:
 
 
 def remove_tree(path: Path) -> None:
-    """Delete a folder if it is there."""
+    """Delete a folder, or what stands in its place, if it is there."""
     with contextlib.suppress(FileNotFoundError):
-        shutil.rmtree(path)
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def tree_size(folder: Path) -> int:
@@ -81,12 +86,15 @@ def tree_size(folder: Path) -> int:
 
 
 def disk_error(error: BaseException | None, folder: Path) -> StageError | None:
-    """What to tell the user when `error` (or its cause) means a full or read-only disk; None when it doesn't.
+    """What to tell the user when `error` (or its cause) is owed to a full or read-only disk or to a path that can't be;
+    None when it isn't.
 
     Libraries written in Rust or C++ report a full disk as their own exception, so their text is read too.
     """
     if isinstance(error, OSError) and error.errno in _NO_ACCESS:
         return StageError(f"no access to {error.filename or folder}: {error.strerror}")
+    if isinstance(error, OSError) and error.errno in _NO_PATH:
+        return StageError(f"can't use {error.filename or folder}: {error.strerror}")
     while error is not None:
         number = error.errno if isinstance(error, OSError) else None
         if number in _NO_SPACE or f"os error {errno.ENOSPC}" in str(error) or "No space left" in str(error):
@@ -97,6 +105,17 @@ def disk_error(error: BaseException | None, folder: Path) -> StageError | None:
             )
         error = error.__cause__
     return None
+
+
+@contextlib.contextmanager
+def told_disk_errors(folder: Path) -> Iterator[None]:
+    """Within the block, what `disk_error` explains is raised as a `StageError` about `folder`."""
+    try:
+        yield
+    except OSError as error:
+        if (told := disk_error(error, folder)) is None:
+            raise
+        raise told from error
 
 
 def free_bytes(folder: Path) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from a1q.engine.cachekey import key_of
 from a1q.engine.files import remove_tree, tree_size
-from a1q.engine.rundir import known_runs, read_json
+from a1q.engine.rundir import known_runs, read_keys, read_report
 from a1q.engine.store import Store
 
 SCRATCH_DAYS = 30
@@ -32,8 +32,10 @@ def references() -> dict[str, list[Path]]:
     """Cache key -> the run folders on this machine that refer to it."""
     found: dict[str, list[Path]] = {}
     for run in known_runs():
-        for parts in read_json(run / "lock.json").get("keys", {}).values():
-            found.setdefault(key_of(parts), []).append(run)
+        keys = {key_of(parts) for parts in read_keys(run).values()}
+        keys.update(item["key"] for item in (read_report(run) or {"stages": ()})["stages"])
+        for key in keys:
+            found.setdefault(key, []).append(run)
     return found
 
 

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from a1q.engine.events import Events, Listener
-from a1q.engine.files import remove_tree
+from a1q.engine.files import remove_tree, told_disk_errors
 from a1q.engine.interpreter import Interpreter
 from a1q.engine.plan import Plan
 from a1q.engine.rundir import RunFolder
 from a1q.engine.selection import select
 from a1q.engine.signals import stop_on_signals
 from a1q.engine.store import Store
-from a1q.errors import A1QError, GateError, Interrupted
+from a1q.errors import A1QError, GateError, Interrupted, StageError
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def run_plan(
         A1QError: of the kind and exit code that `a1q.errors` documents; report.json tells the same.
     """
     selection = select(plan, options.start, options.until, options.only)
-    with RunFolder(path) as folder, stop_on_signals(say) as stop:
+    with RunFolder(path) as folder, stop_on_signals(say) as stop, _disk_errors_told(folder.path):
         before = folder.previous if folder.resumes else {}
         if options.no_cache and not before.get("no_cache"):
             remove_tree(path / "store")
@@ -79,6 +79,18 @@ def run_plan(
                     events("run_end", status=_status(error), error=text, seconds=_since(started))
                 raise
             events("run_end", status="done", error=None, seconds=_since(started))
+
+
+@contextlib.contextmanager
+def _disk_errors_told(folder: Path) -> Iterator[None]:
+    """Say so when the run folder's disk is full, can't be written, or the folder was removed meanwhile."""
+    try:
+        with told_disk_errors(folder):
+            yield
+    except FileNotFoundError as error:
+        if folder.is_dir():
+            raise
+        raise StageError(f"the run folder {folder} was removed while the run went on") from error
 
 
 def _status(error: BaseException) -> str:

@@ -25,13 +25,15 @@ from a1q import __version__
 from a1q.engine.artifact import MANIFEST, PROGRESS, RECORD, sha256_file
 from a1q.engine.cachekey import package_versions
 from a1q.engine.events import plain
-from a1q.engine.files import copy_file, disk_error, fsync_path, fsync_tree, home, remove_tree, write_atomic
+from a1q.engine.files import copy_file, fsync_path, fsync_tree, home, remove_tree, told_disk_errors, write_atomic
 from a1q.engine.locks import Lock, holder, try_lock
 from a1q.engine.plan import Plan
 from a1q.errors import A1QError, UsageError
 
 REPORT = "report.json"
 UNFINISHED = ("running", "interrupted", "failed")
+STORE_FOLDERS = ("store", "tmp", "work", "locks", "text", "digests")
+"""What the store and the data keep in `$A1Q_HOME`."""
 
 
 class RunFolder:
@@ -41,21 +43,28 @@ class RunFolder:
         """Create or reopen the folder and lock it.
 
         Raises:
-            UsageError: if the folder holds something else than a run.
+            UsageError: if the folder can't be made, holds something else than a run, or belongs to the store.
             A1QError: if another run writes there now; the message says which process.
         """
-        self.path = path.absolute()
-        if self.path.exists() and not self.path.is_dir():
-            raise UsageError(f"{path} is a file; a run needs a folder")
-        if self.path.is_dir() and any(self.path.iterdir()) and not (self.path / ".lock").exists():
-            raise UsageError(f"{path} is neither empty nor the folder of a run; choose another with -o")
-        lock = try_lock(self.path / ".lock", True)
+        try:
+            self.path = path.absolute()
+            if self.path.exists() and not self.path.is_dir():
+                raise UsageError(f"{path} is a file; a run needs a folder")
+            if _belongs_to_store(self.path):
+                raise UsageError(f"{path} belongs to the store ({home()}); choose another folder with -o")
+            if self.path.is_dir() and any(self.path.iterdir()) and not (self.path / ".lock").exists():
+                raise UsageError(f"{path} is neither empty nor the folder of a run; choose another with -o")
+            lock = try_lock(self.path / ".lock", True)
+        except OSError as error:
+            raise UsageError(
+                f"{path} can't be used as a run folder: {error.strerror}; choose another with -o"
+            ) from error
         if lock is None:
             raise A1QError(f"process {holder(self.path / '.lock')} is running in {path}; one run at a time per folder")
         self._lock: Lock = lock
         self.previous = read_report(self.path) or {}
         """The report of the run that was here before, or an empty mapping."""
-        self.parts: dict[str, Any] = read_json(self.path / "lock.json").get("keys", {})
+        self.parts: dict[str, Any] = read_keys(self.path)
         """Key parts by stage id of the runs that were here before."""
         self._plan: Plan | None = None
         self._report: dict[str, Any] = {}
@@ -113,12 +122,8 @@ class RunFolder:
         Raises:
             StageError: if the disk of the run folder is full.
         """
-        try:
+        with told_disk_errors(self.path):
             self._record(event)
-        except OSError as error:
-            if (full := disk_error(error, self.path)) is None:
-                raise
-            raise full from error
 
     def _record(self, event: Mapping[str, Any]) -> None:
         kind = event["event"]
@@ -239,21 +244,38 @@ def _holds(target: Path, files: Mapping[str, Any]) -> bool:
     )
 
 
+def _belongs_to_store(folder: Path) -> bool:
+    """Whether it is the store's own folder or one that the store fills and empties."""
+    root, folder = home().resolve(), folder.resolve()
+    return folder == root or any(root / name in (folder, *folder.parents) for name in STORE_FOLDERS)
+
+
 def _step(event: Mapping[str, Any]) -> tuple[Any, Any]:
     """What tells one line of progress from another; a stage of two phases counts to two totals."""
     return event.get("step"), event.get("total")
 
 
 def read_report(folder: Path) -> dict[str, Any] | None:
-    """The report of a run folder, or None if it is none."""
-    return read_json(folder / REPORT) or None
+    """The report of a run folder, or None if it is none or damaged."""
+    report = read_json(folder / REPORT)
+    types = {"name": str, "status": str, "stages": list, "exports": dict}
+    whole = all(isinstance(report.get(name), kind) for name, kind in types.items()) and "error" in report
+    stages = report["stages"] if whole else ()
+    fields = {"id", "stage", "cache", "seconds", "metrics", "key"}
+    return report if whole and all(isinstance(item, dict) and fields <= set(item) for item in stages) else None
+
+
+def read_keys(folder: Path) -> dict[str, Any]:
+    """Key parts by stage id of the runs in a run folder; empty if its lock.json is missing or damaged."""
+    keys = read_json(folder / "lock.json").get("keys")
+    return {name: parts for name, parts in keys.items() if isinstance(parts, dict)} if isinstance(keys, dict) else {}
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON mapping from a file; empty if the file is missing or damaged."""
     try:
         value = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 
@@ -261,8 +283,8 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The JSON mappings of a .jsonl file; a line torn by a kill is passed over."""
     if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(ValueError):
+        for line in path.read_bytes().splitlines():
+            with contextlib.suppress(ValueError, RecursionError):
                 value = json.loads(line)
                 if isinstance(value, dict):
                     yield value
@@ -271,8 +293,11 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
 def known_runs() -> list[Path]:
     """Every run folder that exists and used this machine's store, oldest first."""
     notes = sorted((home() / "runs").glob("*.txt"), key=lambda path: path.stat().st_mtime)
-    folders = (Path(note.read_text(encoding="utf-8")) for note in notes)
-    return [folder for folder in folders if (folder / REPORT).is_file()]
+    folders = []
+    for note in notes:
+        with contextlib.suppress(OSError, ValueError):  # no note of ours
+            folders.append(Path(note.read_text(encoding="utf-8")))
+    return [folder for folder in folders if (folder / REPORT).is_file() or (folder / "lock.json").is_file()]
 
 
 def _register(folder: Path) -> None:

@@ -33,6 +33,8 @@ from a1q.engine.locks import Lock, try_lock, wait_lock
 from a1q.errors import A1QError, StageError
 
 _KEY = re.compile(r"[0-9a-f]{64}")
+_RECORD: dict[str, Any] = {"seconds": (int, float), "metrics": dict, "key": dict}
+"""What a run reads of entry.json beside the digest."""
 
 
 class DamagedError(A1QError):
@@ -202,9 +204,11 @@ class Store:
         for folder in sorted((self.root / "tmp").glob("*")):
             key = folder.name.removesuffix(".old")
             if _KEY.fullmatch(key) and key not in self._held and self.try_own(key):
-                remove_tree(folder)
-                self.release(key)
-                count += 1
+                try:
+                    remove_tree(folder)
+                    count += 1
+                finally:  # a lock kept here would make this very run wait for itself
+                    self.release(key)
         return count
 
 
@@ -214,26 +218,30 @@ def read_entry(folder: Path) -> Entry | None:
     Raises:
         DamagedError: naming the artifact and the first file that differs.
     """
-    if not folder.is_dir():
+    if not folder.exists():
         return None
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
         record = json.loads((folder / RECORD).read_bytes())
-        files, kind, meta, digest = manifest["files"], manifest["kind"], manifest["meta"], record["digest"]
+        kind, meta, digest = manifest["kind"], manifest["meta"], record["digest"]
+        files = {name: (fact["size"], fact["sha256"]) for name, fact in manifest["files"].items()}
+        if wrong := [name for name, types in _RECORD.items() if not isinstance(record[name], types)]:
+            raise ValueError(f"{RECORD} has no usable {', '.join(wrong)}")
         there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DamagedError(f"artifact {folder} is damaged: its manifest can't be read ({error})") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise DamagedError(f"artifact {folder} is damaged: its manifest can't be read ({reason})") from None
     if digest_of(manifest) != digest:
         raise DamagedError(f"artifact {folder} is damaged: {MANIFEST} differs from the digest in {RECORD}")
     for name in sorted((there - BESIDE) ^ set(files)):
         raise DamagedError(f"artifact {folder} is damaged: {name} is {'missing' if name in files else 'foreign'}")
-    for name, fact in files.items():
+    for name, (size, digest_of_file) in files.items():
         path = folder / name
-        if path.stat().st_size != fact["size"]:
+        if path.stat().st_size != size:
             raise DamagedError(
-                f"artifact {folder} is damaged: {name} has {path.stat().st_size} bytes instead of {fact['size']}"
+                f"artifact {folder} is damaged: {name} has {path.stat().st_size} bytes instead of {size}"
             )
-        if sha256_file(path) != fact["sha256"]:
+        if sha256_file(path) != digest_of_file:
             raise DamagedError(f"artifact {folder} is damaged: the content of {name} differs from its digest")
     with contextlib.suppress(OSError):  # a store that can't be written can still be read
         os.utime(folder)  # when it was last used, for `a1q store gc --older-than`

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from a1q.engine.artifact import MANIFEST
 from a1q.engine.cachekey import key_of
-from a1q.engine.files import free_bytes, fsync_path, remove_tree
+from a1q.engine.files import free_bytes, fsync_path, remove_tree, told_disk_errors
 from a1q.engine.store import DamagedError, Entry, Store, read_entry
-from a1q.errors import A1QError
+from a1q.errors import A1QError, UsageError
 
 _NAME = re.compile(r"([0-9a-f]{64})/((?:[^/\\\0]+/)*[^/\\\0]+)")
 
@@ -22,6 +22,8 @@ def pack(store: Store, keys: Sequence[str], target: Path) -> list[Entry]:
 
     Raises:
         DamagedError: if an artifact isn't what was published; nothing is written then.
+        UsageError: if `target` can't be a file.
+        StageError: if the disk is full.
     """
     entries = []
     for key in keys:
@@ -29,19 +31,27 @@ def pack(store: Store, keys: Sequence[str], target: Path) -> list[Entry]:
         if entry is None:
             raise A1QError(f"there is no artifact {key[:12]} in {store.root}")
         entries.append(entry)
+    if target.is_dir() or not target.parent.is_dir():
+        raise UsageError(f"{target} can't be written: name a file in a folder that is there")
     aside = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        with tarfile.open(aside, "w") as archive:
-            for entry in entries:
-                for path in sorted(entry.artifact.path.rglob("*")):
-                    if path.is_file():
-                        name = f"{entry.key}/{path.relative_to(entry.artifact.path).as_posix()}"
-                        archive.add(path, name, recursive=False, filter=_anonymous)
-        fsync_path(aside)
-        os.replace(aside, target)
+        with told_disk_errors(target.parent):
+            _write(entries, aside)
+            os.replace(aside, target)
+            fsync_path(target.parent)
     finally:
         aside.unlink(missing_ok=True)
     return entries
+
+
+def _write(entries: Sequence[Entry], target: Path) -> None:
+    with tarfile.open(target, "w") as archive:
+        for entry in entries:
+            for path in sorted(entry.artifact.path.rglob("*")):
+                if path.is_file():
+                    name = f"{entry.key}/{path.relative_to(entry.artifact.path).as_posix()}"
+                    archive.add(path, name, recursive=False, filter=_anonymous)
+    fsync_path(target)
 
 
 def _anonymous(item: tarfile.TarInfo) -> tarfile.TarInfo:
@@ -60,13 +70,13 @@ def unpack(store: Store, source: Path) -> dict[str, bool]:
         DamagedError: if the file is no such archive, is cut, or holds what doesn't belong in one.
     """
     try:
-        with tarfile.open(source, "r:") as archive:
+        with told_disk_errors(store.root), tarfile.open(source, "r:") as archive:
             members = _members(archive, source)
             needed = sum(member.size for files in members.values() for member in files)
             if needed > free_bytes(store.root):
                 raise A1QError(f"{source} needs {needed:,} bytes; {store.root} has {free_bytes(store.root):,} free")
             return {key: _unpack_one(store, archive, key, files) for key, files in members.items()}
-    except (tarfile.TarError, EOFError) as error:
+    except (tarfile.TarError, EOFError, ValueError, OverflowError, OSError) as error:
         raise DamagedError(f"{source} is no archive of a1q, or is damaged: {error}") from None
 
 

@@ -58,6 +58,7 @@ def _raised_from(cause: Exception) -> Exception:
         (RuntimeError("I/O error: No space left on device (os error 28)"), "no space left in"),
         (_raised_from(OSError(errno.ENOSPC, "No space left on device")), "no space left in"),
         (PermissionError(errno.EACCES, "Permission denied", "/x/y"), "no access to /x/y: Permission denied"),
+        (OSError(errno.ENOTDIR, "Not a directory", "/x/y"), "can't use /x/y: Not a directory"),
         (OSError(errno.EROFS, "Read-only file system", "/x/y"), "no access to /x/y: Read-only file system"),
     ],
 )

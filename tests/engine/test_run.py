@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -216,3 +217,25 @@ def _wait_for(condition: Any, seconds: float = 30) -> None:
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.02)
+
+
+def test_a_run_folder_that_vanishes_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("A1Q_HOME", str(tmp_path / "home"))
+
+    def vanish(ctx: Any) -> None:
+        shutil.rmtree(tmp_path / "run")
+        (ctx.out / "number.txt").write_text("1")
+
+    with pytest.raises(StageError, match=r"the run folder .*run was removed"):
+        run_plan(plan_of((stage("s1", {"call": vanish}, cls=Call),)), tmp_path / "run")
+
+
+def test_a_full_disk_under_the_run_folder_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("A1Q_HOME", str(tmp_path / "home"))
+
+    def full(path: Path, text: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("a1q.engine.rundir.write_atomic", full)
+    with pytest.raises(StageError, match=r"no space left in .*run"):
+        run_plan(plan_of(chain(1)), tmp_path / "run")

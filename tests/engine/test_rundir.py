@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from a1q.engine.rundir import RunFolder, export, known_runs, read_lines
+from a1q.engine.garbage import references
+from a1q.engine.rundir import RunFolder, export, known_runs, read_lines, read_report
 from a1q.errors import A1QError, UsageError
 from tests.engine.fakes import Counting, chain, execute, plan_of, stage
 
@@ -114,3 +115,40 @@ def test_progress_of_a_resumed_stage_has_every_step_once(tmp_path: Path) -> None
     lines = list(read_lines(path))
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert ["old" in line for line in lines] == [True] * 3 + [False] * 3
+
+
+@pytest.mark.parametrize("place", ["home", "home/store", "home/store/mine", "home/work/mine", "other/../home/tmp"])
+def test_a_folder_of_the_store_is_refused(tmp_path: Path, place: str) -> None:
+    with pytest.raises(UsageError, match="belongs to the store"):
+        RunFolder(tmp_path / place)
+    assert not (tmp_path / "home").exists()
+
+
+@pytest.mark.parametrize("place", ["file/run", "n" * 300])
+def test_a_folder_that_can_not_be_made_is_refused_by_name(tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="can't be used as a run folder"):
+        RunFolder(tmp_path / place)
+
+
+@pytest.mark.parametrize("name", ["report.json", "lock.json", "events.jsonl", "metrics/s1.jsonl"])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b"5", b"\xff\x00", b'{"stages": 5, "keys": 5, "status": "failed"}']
+)
+def test_a_damaged_file_of_the_run_folder_is_written_anew(tmp_path: Path, name: str, content: bytes) -> None:
+    plan, run = plan_of(chain(1, 2)), tmp_path / "run"
+    execute(plan, tmp_path / "home", run)
+    (run / name).write_bytes(content)
+    keys = {key for key, runs in references().items() if run in runs}
+    assert len(keys) == 2  # report.json and lock.json both say what a run refers to
+    execute(plan, tmp_path / "home", run)
+    report = read_report(run)
+    assert report is not None and [item["cache"] for item in report["stages"]] == ["hit", "hit"]
+    assert set(json.loads((run / "lock.json").read_text())["keys"]) == {"s1", "s2"}
+
+
+def test_notes_of_runs_that_are_no_notes_are_passed_over(tmp_path: Path) -> None:
+    execute(plan_of(chain(1)), tmp_path / "home", tmp_path / "run")
+    (tmp_path / "home" / "runs" / "bad.txt").write_bytes(b"\xff")
+    (tmp_path / "home" / "runs" / "folder.txt").mkdir()
+    assert known_runs() == [tmp_path / "run"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ from a1q.errors import Interrupted
 from tests.engine.fakes import Add, caches, chain, execute, plan_of
 
 KEY = sha256_bytes(b"some key")
+RECORD = {"stage": "s1", "type": "add", "seconds": 1.0, "metrics": {}, "key": {}}
 
 
 def never() -> int:
@@ -30,9 +32,7 @@ def publish(store: Store, key: str = KEY, **files: str) -> Entry:
     for name, text in (files or {"number": "1"}).items():
         (store.out(key) / "deep").mkdir(exist_ok=True)
         (store.out(key) / "deep" / name).write_text(text)
-    return store.publish(
-        key, "model", {"a": 1}, {"stage": "s1", "type": "add", "seconds": 1.0, "metrics": {}, "key": {}}
-    )
+    return store.publish(key, "model", {"a": 1}, RECORD)
 
 
 def test_published_artifact_is_read_back_with_its_digest(tmp_path: Path) -> None:
@@ -53,6 +53,10 @@ def _flip(path: Path) -> None:
     path.write_bytes(bytes(data))
 
 
+def _edit(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_bytes()), **changes}))
+
+
 @pytest.mark.parametrize(
     ("damage", "text"),
     [
@@ -69,6 +73,11 @@ def _flip(path: Path) -> None:
             ),
             "artifact.json differs",
         ),
+        (lambda folder: _edit(folder / "entry.json", seconds=None), "entry.json has no usable seconds"),
+        (lambda folder: _edit(folder / "entry.json", metrics=5), "entry.json has no usable metrics"),
+        (lambda folder: _edit(folder / "artifact.json", files=5), "manifest can't be read"),
+        (lambda folder: (folder / "artifact.json").write_text("[" * 100_000), "manifest can't be read"),
+        (lambda folder: (shutil.rmtree(folder), folder.write_text("a file")), "manifest can't be read"),
     ],
 )
 def test_every_damage_is_named_and_the_artifact_is_built_again(tmp_path: Path, damage: Any, text: str) -> None:
@@ -105,7 +114,7 @@ def test_force_replaces_what_is_there(tmp_path: Path) -> None:
         assert store.acquire(KEY, never, print, force=True) is None
         assert (store.folder(KEY) / "deep" / "number").read_text() == "old"
         (store.out(KEY) / "number").write_text("new")
-        store.publish(KEY, "model", {}, {"metrics": {}})
+        store.publish(KEY, "model", {}, RECORD)
     entry = read_entry(store.folder(KEY))
     assert entry is not None and (entry.artifact.path / "number").read_text() == "new"
     assert os.listdir(tmp_path / "tmp") == []
@@ -130,7 +139,7 @@ def test_a_second_process_waits_for_the_first_and_takes_its_result(tmp_path: Pat
         "print('computing' if entry is None else 'hit ' + (entry.artifact.path / 'pid').read_text(), flush=True)\n"
         "if entry is None:\n"
         "    time.sleep(0.5); import os; (store.out(key) / 'pid').write_text(str(os.getpid()))\n"
-        "    store.publish(key, 'model', {}, {'metrics': {}})\n"
+        "    store.publish(key, 'model', {}, {'seconds': 0, 'metrics': {}, 'key': {}})\n"
     )
     runs = [
         subprocess.Popen([sys.executable, "-c", code, str(tmp_path), KEY], stdout=subprocess.PIPE, text=True)
@@ -196,3 +205,23 @@ def test_lock_survives_the_deletion_of_its_file(tmp_path: Path) -> None:
 @pytest.fixture(autouse=True)
 def _clear() -> None:
     Add.ran.clear()
+
+
+def test_a_sweep_that_fails_leaves_no_lock_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(path: Path) -> None:
+        raise PermissionError("not yours")
+
+    (tmp_path / "tmp" / KEY).mkdir(parents=True)
+    with Store(tmp_path) as store:
+        with monkeypatch.context() as patch, pytest.raises(PermissionError):
+            patch.setattr("a1q.engine.store.remove_tree", broken)
+            store.sweep()
+        assert try_lock(store.lock_path(KEY), True) is not None
+
+
+def test_a_file_in_the_place_of_a_folder_is_swept(tmp_path: Path) -> None:
+    (tmp_path / "tmp").mkdir()
+    (tmp_path / "tmp" / f"{KEY}.old").write_text("what stood where an artifact belongs")
+    with Store(tmp_path) as store:
+        assert store.sweep() == 1
+        publish(store)

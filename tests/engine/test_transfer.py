@@ -13,7 +13,7 @@ from a1q.engine.run import run_plan
 from a1q.engine.rundir import read_report
 from a1q.engine.store import DamagedError, Store, read_entry
 from a1q.engine.transfer import pack, unpack
-from a1q.errors import A1QError
+from a1q.errors import A1QError, UsageError
 from tests.engine.fakes import chain, plan_of
 
 
@@ -83,13 +83,15 @@ def _link(info: tarfile.TarInfo, data: bytes) -> Any:
         (lambda info, data: [] if info.name.endswith("artifact.json") else [(info, data)], "without its artifact.json"),
         (lambda info, data: [] if info.name.endswith("number.txt") else [(info, data)], "number.txt is missing"),
         (lambda info, data: [], "holds no artifact"),
+        (_named("KEY/number.txt/below"), "number.txt: Is a directory|is damaged"),
+        (_named("KEY/" + "n" * 300), "File name too long"),
     ],
 )
 def test_what_does_not_belong_is_refused_and_nothing_of_it_published(
     packed: Any, tmp_path: Path, change: Any, text: str
 ) -> None:
     changed = _rewrite(packed[1], change)
-    with Store(tmp_path / "elsewhere") as store, pytest.raises(DamagedError, match=text):
+    with Store(tmp_path / "elsewhere") as store, pytest.raises(A1QError, match=text):
         unpack(store, changed)
     assert not list((tmp_path / "elsewhere").rglob("outside"))
     assert list(Store(tmp_path / "elsewhere").published()) == []
@@ -123,3 +125,17 @@ def test_a_damaged_artifact_is_not_packed(packed: Any, tmp_path: Path) -> None:
     with pytest.raises(DamagedError, match=r"number\.txt"):
         pack(Store(), keys, tmp_path / "second.tar")
     assert not (tmp_path / "second.tar").exists()
+
+
+def test_an_archive_that_promises_more_than_there_is_is_refused(tmp_path: Path) -> None:
+    promise = tarfile.TarInfo(f"{'a' * 64}/artifact.json")
+    promise.size = 10**15
+    (tmp_path / "promise.tar").write_bytes(promise.tobuf())
+    with Store(tmp_path / "elsewhere") as store, pytest.raises(A1QError, match=r"promise\.tar"):
+        unpack(store, tmp_path / "promise.tar")
+
+
+@pytest.mark.parametrize("target", ["run", "nowhere/pack.tar"])
+def test_a_target_that_is_no_file_is_refused_by_name(packed: Any, tmp_path: Path, target: str) -> None:
+    with pytest.raises(UsageError, match=f"{target} can't be written"):
+        pack(Store(), packed[0], tmp_path / target)
