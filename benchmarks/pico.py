@@ -1,4 +1,4 @@
-"""What the built-in model is worth: `python benchmarks/pico.py [MODEL]` prints a table and a few samples.
+"""What the built-in model is worth: `python -m benchmarks.pico [MODEL]` prints a table and a few samples.
 
 Losses are nats per token on the test side of the built-in text, none of which the model was trained on.
 `unigram` is the cross-entropy of a model that knows the train side's token counts alone.
@@ -7,9 +7,9 @@ Losses are nats per token on the test side of the built-in text, none of which t
 from __future__ import annotations
 
 import math
-import os
-import platform
 import sys
+
+from benchmarks.common import print_table, save
 
 SEQ_LEN, SEQUENCES = 128, 512
 PROMPTS = ("Return the", "If the file does not exist,", "This class represents", "The default value")
@@ -31,9 +31,7 @@ def main(source: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     size = sum(path.stat().st_size for path in folder.iterdir())
     print(f"{source}: {view.parameters:,} parameters, {size / 1e6:.1f} MB")
-    print(f"torch {torch.__version__}, {platform.machine()}, {os.cpu_count()} cores\n")
-    print("| text | test tokens | loss | perplexity | unigram | below unigram | bits per byte |")
-    print("|---|---|---|---|---|---|---|")
+    rows = []
     lengths = torch.tensor(token_bytes(folder))
     for text in ("builtin:prose", "builtin:prose-all"):
         entry = {"source": text}
@@ -42,10 +40,19 @@ def main(source: str) -> None:
         loss, unigram = mean_loss(model, test), unigram_entropy(train, test, view.config["vocab_size"])
         targets = torch.from_numpy(test[:, 1:]).long()
         bits = loss * targets.numel() / math.log(2) / int(lengths[targets].sum())
-        print(
-            f"| {text} | {targets.numel():,} | {loss:.3f} | {math.exp(loss):.1f} | {unigram:.3f} | "
-            f"{unigram - loss:.2f} | {bits:.2f} |"
+        rows.append(
+            {
+                "text": text,
+                "test tokens": targets.numel(),
+                "loss": round(loss, 3),
+                "perplexity": round(math.exp(loss), 1),
+                "unigram": round(unigram, 3),
+                "below unigram": round(unigram - loss, 2),
+                "bits per byte": round(bits, 2),
+            }
         )
+    save("pico", rows)
+    print_table("Held-out loss, nats per token", list(rows[0]), [list(row.values()) for row in rows])
     tokenizer = AutoTokenizer.from_pretrained(folder)
     for prompt in PROMPTS:
         torch.manual_seed(0)
