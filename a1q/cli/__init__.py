@@ -7,14 +7,16 @@ file imports anything heavier than click.
 from __future__ import annotations
 
 import importlib
+import os
 import pkgutil
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import click
 
 from a1q import __version__
-from a1q.errors import A1QError
+from a1q.errors import A1QError, UsageError
 
 NOT_COMMANDS = {"common"}
 
@@ -61,6 +63,7 @@ def cli() -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with the code that `a1q.errors` documents."""
     try:
+        _refuse_broken_text(sys.argv[1:] if arguments is None else arguments)
         code = cli.main(args=arguments, prog_name="a1q", standalone_mode=False)
     except click.exceptions.Exit as stop:
         code = stop.exit_code
@@ -75,4 +78,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except BrokenPipeError:
         sys.stderr.close()
         code = 1
+    except OSError as error:
+        from a1q.engine.files import disk_error
+
+        if disk_error(error, Path()) is None:
+            raise
+        click.echo(f"a1q: {error.strerror}: {error.filename or 'standard output'}", err=True)
+        code = 1
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _refuse_broken_text(arguments: Sequence[str]) -> None:
+    """Names that are not UTF-8 can't be written to any of the JSON and YAML files that a run leaves.
+
+    Raises:
+        UsageError: naming the argument, folder or variable.
+    """
+    try:
+        folder = os.getcwd()
+    except FileNotFoundError:
+        raise UsageError("the current folder was removed; change to another one") from None
+    named = {"the current folder": folder, "A1Q_HOME": os.environ.get("A1Q_HOME", "")}
+    named |= {f"argument {number}": text for number, text in enumerate(arguments, 1)}
+    for what, text in named.items():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise UsageError(f"{what}, {text!a}, is not UTF-8; rename it") from None

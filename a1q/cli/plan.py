@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,7 +45,8 @@ def command(
         loaded, registry = read_recipe(recipe, sets, unsets, plugins)
         from a1q.recipe.plan import make_plan
 
-        plan = make_plan(loaded, registry, smoke=smoke, trust_remote_code=trust_remote_code)
+        with contextlib.redirect_stdout(sys.stderr):  # what stages print is no result
+            plan = make_plan(loaded, registry, smoke=smoke, trust_remote_code=trust_remote_code)
     facts = describe_plan(plan)
     if as_json:
         print_json(facts)

@@ -56,11 +56,13 @@ def command(
     options = RunOptions(**asked)
     with _error_line(as_json):
         loaded, registry = read_recipe(recipe, sets, unsets, plugins)
-        plan = make_plan(loaded, registry, smoke=smoke, trust_remote_code=trust_remote_code)
+        stream = sys.stdout
+        with contextlib.redirect_stdout(sys.stderr):  # what stages and libraries print is no result
+            plan = make_plan(loaded, registry, smoke=smoke, trust_remote_code=trust_remote_code)
         folder = output or Path("runs") / (f"{plan.name}-smoke" if smoke else plan.name)
         os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of other libraries would draw over our progress
-        listener = JsonLines(sys.stdout) if as_json else Lines(sys.stdout, live=sys.stdout.isatty())
-        with _closing_table(None if as_json else folder):
+        listener = JsonLines(stream) if as_json else Lines(stream, live=stream.isatty())
+        with _closing_table(None if as_json else folder), contextlib.redirect_stdout(sys.stderr):
             run_plan(plan, folder, options, [listener], lambda text: click.echo(f"\na1q: {text}", err=True))
 
 

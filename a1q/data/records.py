@@ -138,8 +138,8 @@ def _files(path: Path) -> list[Path]:
 
 def _local_digest(path: Path) -> str:
     files = _files(path)
-    if path.is_file():
-        return file_digest(path)
+    if path.is_file():  # the ending says how it is read
+        return sha256_bytes(f"{path.suffix} {file_digest(path)}".encode())
     return content_digest(path, [item.relative_to(path).as_posix() for item in files])
 
 

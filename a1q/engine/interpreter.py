@@ -128,7 +128,10 @@ class Interpreter:
             should_stop=self.should_stop,
         )
         try:
-            planned.stage.run(context)
+            try:
+                planned.stage.run(context)
+            except SystemExit as error:
+                raise StageError(f"stage {planned.id} asked the process to exit ({error})") from error
             metrics = plain(context.metrics)
             if odd := not_finite({"metrics": metrics, "meta": plain(context.meta)}):
                 raise StageError(f"stage {planned.id}: {', '.join(odd)} came out as NaN or infinite")

@@ -25,7 +25,8 @@ class PlannedStage:
     config: Any
     """The typed config handed to the stage."""
     options: Mapping[str, Any]
-    """The same as plain JSON values: validated, default-filled, and what enters the cache key."""
+    """The same as plain JSON values: validated, default-filled, and what enters the cache key; a `{source: ...}` of its
+    own is an empty mapping here, for its content is an input."""
     inputs: Mapping[str, str | Artifact | None]
     """Input name -> id of the producing stage, `SOURCE` for the recipe's model, None for an absent one, or an
     Artifact where the option holds a `{source: ...}` mapping of its own (a larger teacher)."""

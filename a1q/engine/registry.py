@@ -5,6 +5,7 @@ Listing names and reading schemas imports no plug-in code of the built-ins, so `
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import importlib
@@ -107,6 +108,8 @@ class Registry:
             raise UsageError(f"plug-in {name!r} in a1q.{family} carries no `schema` mapping")
         if name in self.names(family):
             raise UsageError(f"plug-in {name!r} in a1q.{family}: that name is already taken")
+        if wrong := _schema_fault(family, cls):
+            raise UsageError(f"plug-in {name!r} in a1q.{family}: {wrong}")
         self.plugins[family, name] = cls
         self.digests[family, name] = digest
 
@@ -117,6 +120,27 @@ def _read_schema(family: str, name: str) -> Mapping[str, Any]:
     if not path.is_file() or path.parent != schema_folder() / family:
         raise KeyError(name)
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _schema_fault(family: str, cls: Any) -> str:
+    """What is wrong with the schema that a plug-in class carries, or an empty string."""
+    import dataclasses
+
+    from jsonschema import Draft202012Validator, SchemaError
+
+    try:
+        Draft202012Validator.check_schema(cls.schema)
+    except SchemaError as error:
+        return f"its schema is no JSON Schema: {error.message} at {error.json_path}"
+    if family == "stages" and not isinstance(cls.schema.get("x-a1q", {}).get("output"), str):
+        return "its schema doesn't name the kind of artifact it makes: x-a1q.output"
+    if family == "stages" and cls.make_config.__func__ is not cast(Any, Stage.make_config).__func__:
+        return ""
+    config = getattr(cls, "Config", None)
+    if not (isinstance(config, type) and dataclasses.is_dataclass(config)):
+        return "it has no dataclass `Config`"
+    odd = sorted({item.name for item in dataclasses.fields(config)} ^ set(cls.schema.get("properties", {})))
+    return f"its Config and its schema disagree about {', '.join(odd)}" if odd else ""
 
 
 def _only_subclass(module: Any, base: type) -> type:
@@ -186,8 +210,9 @@ def _load_file(registry: Registry, path: Path) -> None:
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module  # dataclasses look their module up while the class is made
     try:
-        spec.loader.exec_module(module)
-    except Exception as error:
+        with contextlib.redirect_stdout(sys.stderr):  # standard output is for results, JSON among them
+            spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
         raise UsageError(f"--plugin {path}: {type(error).__name__}: {error}") from error
     count = 0
     for kind in FAMILIES.values():

@@ -6,7 +6,7 @@ import difflib
 import json
 from pathlib import Path
 
-from a1q.engine.artifact import Artifact
+from a1q.engine.artifact import BESIDE, Artifact
 from a1q.engine.digests import content_digest
 from a1q.errors import MismatchError, StageError
 from a1q.models.view import read_view
@@ -43,7 +43,7 @@ def resolve_source(source: str, revision: str | None = None, *, trust_remote_cod
         raise MismatchError(f"model {source}: {error}{hint}") from None
     if "auto_map" in config and not trust_remote_code:
         raise MismatchError(f"model {source} wants to run code of its own; allow that with --trust-remote-code")
-    beside = [path.name for pattern in CONTENT for path in folder.glob(pattern) if path.name != "artifact.json"]
+    beside = [path.name for pattern in CONTENT for path in folder.glob(pattern) if path.name not in BESIDE]
     digest = content_digest(folder, {*(path.name for path in folder.glob("*.safetensors")), *beside})
     return Artifact("model", folder, digest, {"source": source, "revision": found_revision})
 

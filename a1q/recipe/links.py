@@ -82,7 +82,9 @@ def link_inputs(
             inputs[name] = written
         else:
             inputs[name], missing = _default(name, spec, around)
-            findings += [Finding(() if at_from else path, missing)] if missing else []
+            maker = around.nearest(spec["kind"])
+            hint = f"write `{spec['at']}: {maker}` to take the model of an earlier stage" if maker else ""
+            findings += [Finding(() if at_from else path, missing, hint)] if missing else []
     return inputs, findings
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -58,17 +59,22 @@ def find_recipe(name: str, folder: Path) -> Path:
     Raises:
         UsageError: if there is none; the message names the nearest.
     """
+    if not name:
+        raise UsageError("the name of a recipe is empty")
     asked = Path(name)
-    for candidate in (folder / asked, folder / f"{name}.yaml"):
-        if candidate.is_file():
-            return candidate
+    with contextlib.suppress(OSError):  # a name too long for a file
+        for candidate in (folder / asked, folder / f"{name}.yaml"):
+            if candidate.exists() and not candidate.is_dir():  # a pipe is good too: `a1q run <(...)`
+                return candidate
     shipped = shipped_recipes()
+    shown = name if len(name) <= 200 else f"{name[:200]}..."
     short = name.removeprefix("recipes/").removesuffix(".yaml")
     if short in shipped:
         return shipped[short]
-    if (folder / asked).is_dir():
-        raise UsageError(f"{name} is a folder, not a recipe")
-    raise UsageError(f"there is no recipe {name!r}; {suggest(short, shipped, 'shipped recipes')}")
+    with contextlib.suppress(OSError):
+        if (folder / asked).is_dir():
+            raise UsageError(f"{name} is a folder, not a recipe")
+    raise UsageError(f"there is no recipe {shown!r}; {suggest(short, shipped, 'shipped recipes')}")
 
 
 def shipped_recipes() -> dict[str, Path]:

@@ -145,6 +145,7 @@ class _Planner:
         if len(self.wrong) + len(self.unfit) > before:
             return None
         self.views[spec.id] = outcome.view
+        sources = [declared[name]["at"] for name, item in spec.inputs.items() if isinstance(item, Mapping)]
         groups = {name: self.recipe.groups[name] for name in sorted(context.used_groups)}
         uses = spec.uses | _schemes_in([*views.values(), outcome.view])
         plugins = {("stages", spec.type), *uses}
@@ -153,7 +154,7 @@ class _Planner:
             type=spec.type,
             stage=stage,
             config=context.config,
-            options=options,
+            options=_without(options, sources),
             inputs=inputs,
             output=spec.output,
             outcome=outcome,
@@ -184,6 +185,15 @@ class _Planner:
                 *above, last = dotted.split(".")
                 functools.reduce(lambda node, part: node[part], above, options)[last] = copy.deepcopy(value)
         return options
+
+
+def _without(options: Mapping[str, Any], paths: list[str]) -> Mapping[str, Any]:
+    """The options without the sources of models at `paths`: those enter the cache key by content, as inputs."""
+    kept = copy.deepcopy(dict(options))
+    for dotted in paths:
+        *above, last = dotted.split(".")
+        functools.reduce(lambda node, part: node[part], above, kept)[last] = {}
+    return kept
 
 
 def _modules(group: Group, views: Mapping[str, Any]) -> tuple[str, ...]:

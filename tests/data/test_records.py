@@ -110,6 +110,9 @@ def test_the_digest_is_of_content_not_place(tmp_path: Path):
     write_lines(tmp_path / "y" / "b.jsonl", [{"text": "two"}])
     assert prepare({"source": one}) != prepare({"source": two})
     assert prepare({"source": str(tmp_path / "x")}) != prepare({"source": str(tmp_path / "y")})
+    plain = write_lines(tmp_path / "z" / "a.jsonl", [{"text": "one"}]).replace(".jsonl", ".txt")
+    (tmp_path / "z" / "a.jsonl").rename(plain)
+    assert prepare({"source": plain}) != prepare({"source": one})  # read as text it is another text
 
 
 @pytest.mark.parametrize("source", ["someone/some-data-set", "squad"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -233,3 +234,11 @@ def test_global_generators_start_from_the_stage_seed(tmp_path: Path) -> None:
 
 def _write(ctx: Any) -> None:
     (ctx.out / "number.txt").write_text("1")
+
+
+def test_a_stage_that_exits_the_process_is_a_failed_stage(tmp_path: Path) -> None:
+    def leave(ctx: Any) -> None:
+        sys.exit(7)
+
+    with pytest.raises(StageError, match="stage s1 asked the process to exit \\(7\\)"):
+        execute(plan_of((stage("s1", {"call": leave}, cls=Call),)), tmp_path / "home", tmp_path / "run")

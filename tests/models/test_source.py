@@ -98,3 +98,11 @@ def test_an_unreachable_hub_names_what_works_offline(name: str, monkeypatch: pyt
 def test_what_is_neither_folder_nor_hub_id_is_said():
     with pytest.raises(MismatchError, match="neither a folder nor a Hub id"):
         resolve_source("some model!")
+
+
+def test_an_artifact_of_the_store_is_its_content_not_when_it_was_made(tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path / "model")
+    before = resolve_source(str(folder)).digest
+    for name in ("artifact.json", "entry.json", "progress.jsonl"):
+        (folder / name).write_text("{}")
+    assert resolve_source(str(folder)).digest == before

@@ -163,3 +163,10 @@ def test_devices_are_told_by_cheap_signs(monkeypatch):
     monkeypatch.setattr(runtime.platform, "system", lambda: "Darwin")
     monkeypatch.setattr(runtime.platform, "machine", lambda: "arm64")
     assert runtime._device() == "mps"
+
+
+def test_where_a_model_of_a_stage_lies_is_not_in_its_options(plan):
+    teach, moved = plan().stages[0], plan(RECIPE.replace("larger", "elsewhere")).stages[0]
+    assert teach.options == moved.options == {"model": {}}
+    assert teach.config.model["source"] == "larger"
+    assert teach.inputs["larger"].digest == "digest-larger" != moved.inputs["larger"].digest

@@ -259,3 +259,12 @@ def test_plugin_mappings_are_checked_by_their_own_schema(checker, value, path, f
     assert isinstance(finding, Finding)
     assert finding.path == path
     assert fragment in finding.message
+
+
+def test_a_missing_model_points_to_the_stage_that_makes_one(load):
+    text = "a1q: 1\nname: x\ndata:\n  text: {source: builtin:prose}\nstages:\n  - id: m\n    pretrain: {data: text}\n"
+    with pytest.raises(RecipeError) as caught:
+        load(text + "  - kd: {data: text}\n")
+    (problem,) = caught.value.problems
+    assert "the recipe has no `model:`" in problem.message and "`from: m`" in problem.hint
+    load(text + "  - kd: {data: text, from: m}\n")
