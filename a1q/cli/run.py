@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from a1q.cli.common import read_recipe, recipe_options
+from a1q.cli.common import read_recipe, recipe_options, terminal_width
 from a1q.errors import A1QError, ProblemsError
 
 EPILOG = """\b
@@ -91,4 +91,4 @@ def _closing_table(folder: Path | None) -> Iterator[None]:
     finally:
         report = read_report(folder) if folder else None
         if folder and report and report != old:
-            click.echo(f"\n{summary(report, folder)}")
+            click.echo(f"\n{summary(report, folder, terminal_width())}")

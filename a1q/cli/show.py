@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from a1q.cli.common import json_option, print_json
+from a1q.cli.common import json_option, print_json, terminal_width
 from a1q.errors import UsageError
 
 
@@ -36,7 +36,7 @@ def command(run: str, as_json: bool) -> None:
         versions = ", ".join(f"{name} {text}" for name, text in lock["packages"].items() if text)
         click.echo(f"{runtime['device']}, amp {runtime['amp']}, {runtime['threads']} threads, {lock['processor']}")
         click.echo(f"a1q {lock['a1q']}, Python {lock['python']}, {versions}")
-    click.echo(f"\n{summary(report, folder)}")
+    click.echo(f"\n{summary(report, folder, terminal_width())}")
     for item in report["stages"]:
         if item["metrics"]:
             click.echo(f"\n{item['id']} ({item['key'][:12]})")

@@ -72,12 +72,12 @@ class Lines:
             return
         self._last = now
         text = [f"step {step}/{total}"]
+        since, first = self._first
+        if step > first and now > since:  # before the figures, which a narrow terminal cuts
+            text.append(f"{duration((total - step) * (now - since) / (step - first))} left")
         text += [f"{name} {figure(value)}" for name, value in event.items() if name not in _NO_FIGURES]
         if event.get("tokens_per_second"):
             text.append(f"{event['tokens_per_second']:,.0f} tokens/s")
-        since, first = self._first
-        if step > first and now > since:
-            text.append(f"{duration((total - step) * (now - since) / (step - first))} left")
         self._draw(f"{self._place(event['id'])} {', '.join(text)}")
 
     def _log(self, event: Mapping[str, Any]) -> None:
@@ -85,8 +85,9 @@ class Lines:
 
     def _stage_end(self, event: Mapping[str, Any]) -> None:
         cached = " from the store" if event["cache"] == "hit" else ""
-        text = f"{self._place(event['id'], event['cache'])} {duration(event['seconds'])}{cached}"
-        self._line(f"{text}  {main_figures(event['metrics'])}".rstrip())
+        text = f"{self._place(event['id'], event['cache'])} {duration(event['seconds'])}{cached}  "
+        room = shutil.get_terminal_size().columns - len(text) if self.live else None
+        self._line(f"{text}{main_figures(event['metrics'], room)}".rstrip())
 
     def _run_end(self, event: Mapping[str, Any]) -> None:
         if self.live:

@@ -16,13 +16,18 @@ KEY_METRICS = (
 SHOWN = 5
 
 
-def summary(report: Mapping[str, Any], folder: Path) -> str:
-    """Stages with seconds, hit or miss and main figures; then the exports and how the run ended."""
-    rows = [
-        [item["id"], item["stage"], item["cache"], duration(item["seconds"]), main_figures(item["metrics"])]
-        for item in report["stages"]
-    ]
-    lines = [table(["stage", "type", "cache", "time", "figures"], rows, right=[3])] if rows else []
+def summary(report: Mapping[str, Any], folder: Path, width: int | None = None) -> str:
+    """Stages with seconds, hit or miss and main figures; then the exports and how the run ended.
+
+    With `width`, the columns of a terminal, each stage shows only the figures that fit in its line.
+    """
+    stages = report["stages"]
+    head = ["stage", "type", "cache", "time", "figures"]
+    facts = [[item["id"], item["stage"], item["cache"], duration(item["seconds"])] for item in stages]
+    taken = sum(max(map(len, column)) + 2 for column in zip(head, *facts, strict=False))
+    room = None if width is None else width - taken
+    rows = [[*fact, main_figures(item["metrics"], room)] for fact, item in zip(facts, stages, strict=True)]
+    lines = [table(head, rows, right=[3])] if rows else []
     lines += [f"export {name}: {folder / place}" for name, place in report["exports"].items()]
     return "\n".join([*lines, ending(report)])
 
@@ -30,16 +35,23 @@ def summary(report: Mapping[str, Any], folder: Path) -> str:
 def ending(report: Mapping[str, Any]) -> str:
     """One line: how the run ended, and where if not well."""
     took = f" after {duration(report['seconds'])}" if "seconds" in report else ""
-    place = f" in stage {report['running']}" if report.get("running") else ""
+    running = report.get("running")
+    told = running and str(report["error"]).startswith(f"stage {running}:")
+    place = f" in stage {running}" if running and not told else ""
     error = f": {report['error']}" if report["error"] else ""
     return f"{report['status']}{took}{place}{error}"
 
 
-def main_figures(metrics: Mapping[str, Any]) -> str:
-    """The first `SHOWN` numbers among a stage's metrics, and how many more there are."""
+def main_figures(metrics: Mapping[str, Any], room: int | None = None) -> str:
+    """The first `SHOWN` numbers among a stage's metrics, fewer if they need more than `room` characters (one is always
+    shown), and how many more there are."""
     flat = {
         name: item for name, item in metrics.items() if isinstance(item, int | float) and not isinstance(item, bool)
     }
     names = [name for name in KEY_METRICS if name in flat] + [name for name in flat if name not in KEY_METRICS]
-    more = f"  (+{len(names) - SHOWN})" if len(names) > SHOWN else ""
-    return "  ".join(f"{name} {figure(flat[name])}" for name in names[:SHOWN]) + more
+    texts = [f"{name} {figure(flat[name])}" for name in names]
+    for shown in range(min(SHOWN, len(texts)), -1, -1):
+        text = "  ".join(texts[:shown]) + (f"  (+{len(texts) - shown})" if len(texts) > shown else "")
+        if room is None or len(text) <= room or shown <= 1:
+            break
+    return text

@@ -54,7 +54,7 @@ def test_plain_lines_are_few_and_say_what_is_needed(clock: Clock) -> None:
     assert "running (changed: options.steps)" in lines[3]
     progress = [line for line in lines if "step " in line]
     assert [line.split("step ")[1].split("/")[0] for line in progress] == ["11", "21", "31", "41", "51"]
-    assert "step 51/100, loss 0.01961, 5,120 tokens/s, 49.0 s left" in progress[-1]
+    assert "step 51/100, 49.0 s left, loss 0.01961, 5,120 tokens/s" in progress[-1]
     assert lines[-2].strip() == "q4: a word"
     assert " ".join(lines[-1].split()) == "+ [2/2] q4 train 1:01 kl 0.01235"
     assert "\x1b" not in stream.getvalue()
@@ -69,6 +69,8 @@ def test_the_live_line_is_redrawn_in_place_and_fits(clock: Clock, monkeypatch: p
     drawn = [part for part in text.split("\r\x1b[K") if "step" in part]
     assert 20 <= len(drawn) <= 31
     assert all(len(part) <= 49 for part in drawn)
+    ended = [line for line in text.split("\n") if "from the store" in line]
+    assert len(ended[0].rpartition("\x1b[K")[2]) <= 70 and "(+1)" in ended[0]  # one figure is always shown
     assert text.endswith("\r\x1b[K")
 
 

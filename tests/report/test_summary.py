@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from a1q.report.summary import summary
 
 STAGE = {"id": "check", "stage": "eval", "cache": "miss", "seconds": 65.0}
@@ -31,3 +33,17 @@ def test_exports_and_the_place_of_a_failure_are_told() -> None:
 
 def test_a_run_without_a_finished_stage_has_no_table() -> None:
     assert summary(report(stages=[]), Path("run")) == "done after 1:10"
+
+
+def test_a_place_that_the_error_names_is_told_once() -> None:
+    text = summary(report(status="failed", running="ane", error="stage ane: no space"), Path("run"))
+    assert text.splitlines()[-1] == "failed after 1:10: stage ane: no space"
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_no_line_is_wider_than_the_terminal(width: int) -> None:
+    metrics = {"kl_before": 0.0902, "kl_adapter": 0.09002, "adapter_step": 3, "tokens_per_second": 9163}
+    stages = [{**STAGE, "metrics": metrics}, {**STAGE, "id": "a_rather_long_id", "metrics": {}}]
+    lines = summary(report(stages=stages), Path("run"), width).splitlines()
+    assert max(map(len, lines)) <= width
+    assert "kl_before 0.0902" in lines[2] and ("(+" in lines[2]) == (width < 120)
