@@ -27,7 +27,6 @@ Examples:
 @recipe_options
 @json_option
 @click.option("--smoke", is_flag=True, help="Plan the tiny run of `a1q run --smoke`.")
-@click.option("--trust-remote-code", is_flag=True, help="Let a Hub model bring code that is executed.")
 def command(
     recipe: str,
     sets: tuple[str, ...],
@@ -35,7 +34,6 @@ def command(
     plugins: tuple[Path, ...],
     as_json: bool,
     smoke: bool,
-    trust_remote_code: bool,
 ) -> None:
     """Check RECIPE against its model and print what a run would do: stages, modules, disk and memory.
 
@@ -46,7 +44,7 @@ def command(
         from a1q.recipe.plan import make_plan
 
         with contextlib.redirect_stdout(sys.stderr):  # what stages print is no result
-            plan = make_plan(loaded, registry, smoke=smoke, trust_remote_code=trust_remote_code)
+            plan = make_plan(loaded, registry, smoke=smoke)
     facts = describe_plan(plan)
     if as_json:
         print_json(facts)

@@ -36,7 +36,6 @@ The same command resumes a run that was interrupted, killed or ran out of disk.
 @click.option("--no-cache", is_flag=True, help="Run everything in a store of its own inside the run folder.")
 @click.option("--smoke", is_flag=True, help="One tiny step of every stage, exports included; gates are not judged.")
 @click.option("--json", "as_json", is_flag=True, help="Print events for programs, one JSON object a line.")
-@click.option("--trust-remote-code", is_flag=True, help="Let a Hub model bring code that is executed.")
 def command(
     recipe: str,
     sets: tuple[str, ...],
@@ -45,7 +44,6 @@ def command(
     output: Path | None,
     smoke: bool,
     as_json: bool,
-    trust_remote_code: bool,
     **asked: Any,
 ) -> None:
     """Run RECIPE: a file, or the name of a shipped recipe. Results that are in the store are not computed again."""
@@ -58,7 +56,7 @@ def command(
         loaded, registry = read_recipe(recipe, sets, unsets, plugins)
         stream = sys.stdout
         with contextlib.redirect_stdout(sys.stderr):  # what stages and libraries print is no result
-            plan = make_plan(loaded, registry, smoke=smoke, trust_remote_code=trust_remote_code)
+            plan = make_plan(loaded, registry, smoke=smoke)
         folder = output or Path("runs") / (f"{plan.name}-smoke" if smoke else plan.name)
         os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of other libraries would draw over our progress
         listener = JsonLines(stream) if as_json else Lines(stream, live=stream.isatty())

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,8 @@ class Artifact:
     """The folder. Read only: it may be the store itself or a user's model folder."""
     digest: str
     meta: Mapping[str, Any] = field(default_factory=dict)
+    digest_now: Callable[[], str] | None = field(default=None, compare=False, repr=False)
+    """For a folder outside the store, which somebody may replace while a run is going: computes its digest anew."""
 
 
 def manifest_of(kind: str, folder: Path, meta: Mapping[str, Any]) -> dict[str, Any]:

@@ -128,10 +128,12 @@ class Interpreter:
             should_stop=self.should_stop,
         )
         try:
+            _require_unchanged(inputs)
             try:
                 planned.stage.run(context)
             except SystemExit as error:
                 raise StageError(f"stage {planned.id} asked the process to exit ({error})") from error
+            _require_unchanged(inputs)
             metrics = plain(context.metrics)
             if odd := not_finite({"metrics": metrics, "meta": plain(context.meta)}):
                 raise StageError(f"stage {planned.id}: {', '.join(odd)} came out as NaN or infinite")
@@ -168,6 +170,22 @@ class _Emitter:
 
     def log(self, message: str) -> None:
         self("log", {"message": message})
+
+
+def _require_unchanged(inputs: Mapping[str, Artifact | None]) -> None:
+    """Refuse a result made from a model folder that is no longer what the key says.
+
+    Raises:
+        StageError: naming the folder.
+    """
+    for artifact in inputs.values():
+        if artifact is not None and artifact.digest_now is not None:
+            try:
+                unchanged = artifact.digest_now() == artifact.digest
+            except FileNotFoundError:
+                unchanged = False
+            if not unchanged:
+                raise StageError(f"{artifact.path} has changed since this run began; run the command again")
 
 
 def _seed_generators(seed: int) -> None:

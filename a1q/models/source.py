@@ -18,13 +18,12 @@ CONTENT = ("*.json", "*.jinja", "*.txt", "*.model")
 """Files beside the weights that decide what a model computes: config, tokenizer, template."""
 
 
-def resolve_source(source: str, revision: str | None = None, *, trust_remote_code: bool = False) -> Artifact:
+def resolve_source(source: str, revision: str | None = None) -> Artifact:
     """Find a model and its content digest.
 
     Args:
         source: `builtin:NAME`, a folder in Hugging Face layout (an a1q model artifact is one), or a Hub id.
         revision: branch, tag or commit on the Hub.
-        trust_remote_code: accept a model whose config asks for code of its own.
 
     Returns:
         An artifact of kind `model` whose path is the folder; its meta names source and revision.
@@ -41,11 +40,15 @@ def resolve_source(source: str, revision: str | None = None, *, trust_remote_cod
         pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
         hint = f"; {', '.join(pickles)} would have to be unpickled and is not read" if pickles else ""
         raise MismatchError(f"model {source}: {error}{hint}") from None
-    if "auto_map" in config and not trust_remote_code:
-        raise MismatchError(f"model {source} wants to run code of its own; allow that with --trust-remote-code")
+    if "auto_map" in config:
+        raise MismatchError(
+            f"model {source} brings code of its own (`auto_map` in its config.json), and a1q runs none; "
+            "where transformers knows the architecture, a copy of the folder without `auto_map` works"
+        )
     beside = [path.name for pattern in CONTENT for path in folder.glob(pattern) if path.name not in BESIDE]
-    digest = content_digest(folder, {*(path.name for path in folder.glob("*.safetensors")), *beside})
-    return Artifact("model", folder, digest, {"source": source, "revision": found_revision})
+    names = {*(path.name for path in folder.glob("*.safetensors")), *beside}
+    meta = {"source": source, "revision": found_revision}
+    return Artifact("model", folder, content_digest(folder, names), meta, lambda: content_digest(folder, names))
 
 
 def _check_shards(folder: Path) -> None:

@@ -22,7 +22,7 @@ WRONG_RECIPE = 2
 """Exit code that tells a wrong recipe from one that does not fit."""
 
 
-def make_plan(recipe: Recipe, registry: Registry, *, smoke: bool = False, trust_remote_code: bool = False) -> Plan:
+def make_plan(recipe: Recipe, registry: Registry, *, smoke: bool = False) -> Plan:
     """Resolve a recipe against its model and data, and let every stage check what it will meet.
 
     Nothing is downloaded but the model's files, where the source is a Hub id that is not in the local cache.
@@ -31,21 +31,19 @@ def make_plan(recipe: Recipe, registry: Registry, *, smoke: bool = False, trust_
         recipe: a checked recipe.
         registry: what it was checked against.
         smoke: make every stage tiny, as its schema's `smoke` says.
-        trust_remote_code: allow models whose architecture is code in their own repository.
 
     Raises:
         RecipeError: if anything is wrong whatever the model; then also with everything that does not fit.
         MismatchError: if something does not fit this model, exporter or machine.
     """
-    return _Planner(recipe, registry, smoke, trust_remote_code).plan()
+    return _Planner(recipe, registry, smoke).plan()
 
 
 class _Planner:
-    def __init__(self, recipe: Recipe, registry: Registry, smoke: bool, trust_remote_code: bool):
+    def __init__(self, recipe: Recipe, registry: Registry, smoke: bool):
         self.recipe = recipe
         self.registry = registry
         self.smoke = smoke
-        self.trust_remote_code = trust_remote_code
         self.wrong: list[Problem] = []
         self.unfit: list[Problem] = []
         self.views: dict[str, Any] = {}
@@ -102,7 +100,7 @@ class _Planner:
         from a1q.models.source import resolve_source
         from a1q.models.view import read_view
 
-        artifact = resolve_source(source, revision, trust_remote_code=self.trust_remote_code)
+        artifact = resolve_source(source, revision)
         return artifact, read_view(artifact.path)
 
     def refuse(self, path: Path, error: A1QError) -> None:

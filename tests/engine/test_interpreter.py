@@ -242,3 +242,20 @@ def test_a_stage_that_exits_the_process_is_a_failed_stage(tmp_path: Path) -> Non
 
     with pytest.raises(StageError, match="stage s1 asked the process to exit \\(7\\)"):
         execute(plan_of((stage("s1", {"call": leave}, cls=Call),)), tmp_path / "home", tmp_path / "run")
+
+
+def test_a_model_replaced_while_a_stage_reads_it_gives_no_result(tmp_path: Path) -> None:
+    number = tmp_path / "source" / "number.txt"
+    number.parent.mkdir()
+    number.write_text("1")
+    source = Artifact("model", number.parent, "1", digest_now=number.read_text)
+
+    def replace(ctx: Any) -> None:
+        number.write_text("2")
+        (ctx.out / "number.txt").write_text("3")
+
+    plan = plan_of((stage("s1", {"call": replace}, {"model": "model"}, Call),))
+    plan = type(plan)(**{**vars(plan), "source": source})
+    with pytest.raises(StageError, match="has changed since this run began"):
+        run(tmp_path, plan)
+    assert not list((tmp_path / "home" / "store").glob("*/*"))
