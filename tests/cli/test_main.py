@@ -82,3 +82,17 @@ def test_a_recipe_from_a_pipe(recipe: Path) -> None:
 def test_odd_names_of_recipes(recipe: Path, name: str, text: str) -> None:
     result = a1q("validate", name)
     assert result.exit_code == 2 and text in result.output and len(result.output) < 1000
+
+
+def test_ctrl_c_during_the_first_imports_leaves_no_traceback() -> None:
+    code = (
+        "import sys\n"
+        "class Stop:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'click': raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Stop())\n"
+        "from a1q.__main__ import main\n"
+        "main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert (done.returncode, done.stderr) == (130, "")
