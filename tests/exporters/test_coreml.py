@@ -130,7 +130,11 @@ def test_figures(exported):
     assert metrics["bytes"] > metrics["weight_bytes"] > metrics["theory_bytes"]
     assert set(metrics["ops"]) == {"infer", "prefill"}
     json.dumps(metrics, allow_nan=False)
-    assert steps[-1]["step"] == steps[-1]["total"] == len(steps)
+    starts = [place for place, step in enumerate(steps) if step["step"] == 1]
+    phases = [steps[start:end] for start, end in zip(starts, [*starts[1:], None], strict=True)]
+    assert len(phases) == 2  # building, then verifying
+    for phase in phases:
+        assert phase[-1]["step"] == phase[-1]["total"] == len(phase)
 
 
 def test_estimate_is_near_the_truth(exported):
