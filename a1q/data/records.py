@@ -164,7 +164,7 @@ def _json_rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
                 continue
             try:
                 row = json.loads(text)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise StageError(f"{where} is not JSON: {error}") from None
             if not isinstance(row, dict):
                 raise StageError(f'{where} is not a JSON object: every line must be one, such as {{"text": "..."}}')
@@ -233,6 +233,8 @@ def _record(config: Mapping[str, Any], where: str, row: Mapping[str, Any]) -> Re
             known = WANTED[kind]
             wanted = " or ".join(" and ".join(map(repr, names)) for names in known)
             raise _no_column(where, row, wanted, *(known[0] if kind == "auto" else ()))
+        for message in messages:
+            _refuse_half_characters(where, message["content"])
         return Record(place_of(canonical_json([dict(item) for item in messages]).decode()), messages=messages)
     names = (column,) if column else TEXT_COLUMNS
     name = next((name for name in names if name in row), None)
@@ -241,7 +243,18 @@ def _record(config: Mapping[str, Any], where: str, row: Mapping[str, Any]) -> Re
     text = row[name]
     if not isinstance(text, str):
         raise StageError(f"{where}: column {name!r} holds no text but {type(text).__name__}: {str(text)[:60]}")
+    _refuse_half_characters(where, text)
     return Record(place_of(text), text) if text.strip() else None
+
+
+def _refuse_half_characters(where: str, text: str) -> None:
+    """JSON can spell half of a surrogate pair, which is no text that a tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise StageError(
+            f"{where}: half of a surrogate pair, {text[error.start]!a}, at character {error.start}"
+        ) from None
 
 
 def _pair(row: Mapping[str, Any], question: str, answer: str) -> Messages:

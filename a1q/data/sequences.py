@@ -91,7 +91,10 @@ def load_tokenizer(folder: Path) -> tuple[Tokenizer, int]:
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise MismatchError([Problem(f"{folder} has no tokenizer.json", hint="a1q needs the fast tokenizer's file")])
-    tokenizer = Tokenizer.from_file(str(path))
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library knows no narrower one
+        raise MismatchError([Problem(f"{path} is no tokenizer: {error}")]) from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
     end = _end_of_text(folder, tokenizer)
@@ -113,7 +116,15 @@ def _end_of_text(folder: Path, tokenizer: Tokenizer) -> int | None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise MismatchError([Problem(f"{path} is not JSON: {error}")]) from None
+    if not isinstance(found, dict):
+        raise MismatchError([Problem(f"{path} is no JSON object")])
+    return found
 
 
 def _side(config: Mapping[str, Any], split: str) -> Iterator[Record]:

@@ -36,6 +36,8 @@ def resolve_source(source: str, revision: str | None = None) -> Artifact:
     try:
         config = read_view(folder).config
         _check_shards(folder)
+        if not isinstance(config.get("model_type"), str):
+            raise StageError(f"{folder / 'config.json'} names no model_type")
     except StageError as error:
         pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
         hint = f"; {', '.join(pickles)} would have to be unpickled and is not read" if pickles else ""

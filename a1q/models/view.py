@@ -60,6 +60,10 @@ class ModelView:
         return bool(self.config.get("tie_word_embeddings")) and "lm_head" not in self.modules
 
 
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+"""Entries of config.json that planning reckons with, where they are there."""
+
+
 def read_safetensors_header(path: Path) -> dict[str, Any]:
     """The JSON header of a safetensors file: tensor name -> {dtype, shape, data_offsets}, plus `__metadata__`.
 
@@ -96,6 +100,11 @@ def read_view(folder: Path) -> ModelView:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise StageError(f"{folder} is not a model: its config.json can't be read: {error}") from None
+    if not isinstance(config, dict):
+        raise StageError(f"{folder} is not a model: its config.json is no JSON object")
+    for name in SIZES:
+        if not isinstance(config.get(name, 0), int):
+            raise StageError(f"{folder}: {name} in its config.json is {config[name]!r}, expected a whole number")
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise StageError(f"{folder} has no .safetensors file; other weight formats are not read")

@@ -44,7 +44,7 @@ class KdStage(Stage):
         if student is None:
             return Outcome()
         teacher = larger or student
-        vocabulary, own = teacher.config["vocab_size"], student.config["vocab_size"]
+        vocabulary, own = teacher.config.get("vocab_size"), student.config.get("vocab_size")
         if vocabulary != own:
             message = f"the teacher's vocabulary has {vocabulary} tokens, the model's {own}"
             ctx.mismatch("model", message, "a teacher needs the student's own tokenizer")

@@ -62,7 +62,10 @@ def test_questions_and_conversations(tmp_path: Path):
     [
         (b'{"text": "\xff"}', r"a\.jsonl:2 is not UTF-8: byte 10 is 0xff"),
         (b'{"text": ', r"a\.jsonl:2 is not JSON"),
+        (b"[" * 100_000, r"a\.jsonl:2 is not JSON"),
         (b"[1]", r"a\.jsonl:2 is not a JSON object"),
+        (b'{"text": "x \\ud800"}', r"a\.jsonl:2: half of a surrogate pair, '\\ud800', at character 2"),
+        (b'{"question": "\\udfff", "answer": "x"}', r"a\.jsonl:2: half of a surrogate pair"),
         (b'{"txt": "x", "id": 1}', r"a\.jsonl:2 has no column .*columns found are txt, id; did you mean `column: txt`"),
         (b'{"text": 5}', r"a\.jsonl:2: column 'text' holds no text but int"),
         (b"{}", r"the columns found are none"),

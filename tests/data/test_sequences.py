@@ -108,3 +108,18 @@ def test_token_bytes_count_the_bytes_of_the_text(tokenizer: Path):
     text = "Ünïcode \N{SNOWMAN}, the queue of number 7."
     assert sum(sizes[number] for number in encoder.encode(text).ids) == len(text.encode())
     assert sizes[0] == sizes[1] == sizes[2] == 0 and len(sizes) == 400
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("tokenizer.json", "", "is no tokenizer"),
+        ("tokenizer.json", "{}", "is no tokenizer"),
+        ("tokenizer_config.json", "{", "is not JSON"),
+        ("tokenizer_config.json", "[]", "is no JSON object"),
+    ],
+)
+def test_a_damaged_tokenizer_is_named(tokenizer: Path, name: str, content: str, message: str):
+    (tokenizer / name).write_text(content)
+    with pytest.raises(MismatchError, match=f"{name} {message}"):
+        load_tokenizer(tokenizer)

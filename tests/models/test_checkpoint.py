@@ -178,3 +178,11 @@ def test_values_that_are_not_finite_are_not_written(tmp_path: Path) -> None:
 def test_importing_it_imports_no_torch() -> None:
     code = "import sys, a1q.models.checkpoint; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_config_that_contradicts_itself_is_told(tmp_path: Path) -> None:
+    folder = tiny_folder(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+    with pytest.raises(StageError, match="is not understood"):
+        load_model(folder)

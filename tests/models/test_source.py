@@ -105,3 +105,18 @@ def test_an_artifact_of_the_store_is_its_content_not_when_it_was_made(tmp_path: 
     for name in ("artifact.json", "entry.json", "progress.jsonl"):
         (folder / name).write_text("{}")
     assert resolve_source(str(folder)).digest == before
+
+
+@pytest.mark.parametrize(
+    ("config", "text"),
+    [
+        ("[]", "its config.json is no JSON object"),
+        ("{}", "names no model_type"),
+        ('{"hidden_size": "x"}', "hidden_size in its config.json is 'x'"),
+    ],
+)
+def test_a_config_that_is_none_is_told(tmp_path: Path, config: str, text: str) -> None:
+    folder = tiny_folder(tmp_path / "model")
+    (folder / "config.json").write_text(config)
+    with pytest.raises(MismatchError, match=text):
+        resolve_source(str(folder))
