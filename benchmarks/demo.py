@@ -62,7 +62,8 @@ def main() -> None:
         [name, f"{value:.5g}", f"{sign} {limit}" if sign == "<=" or limit else ""] for name, value, sign, limit in rows
     ]
     print_table("Result of the demo (KL of single stages: held-out tune side)", ["what", "figure", "limit"], table)
-    save("demo", {"stages": report["stages"], "result": {name: value for name, value, _, _ in rows}})
+    stages_kept = [{name: stage[name] for name in ("id", "stage", "seconds", "metrics")} for stage in report["stages"]]
+    save("demo", {"stages": stages_kept, "result": {name: value for name, value, _, _ in rows}})
     missed = [name for name, value, sign, limit in rows if (value > limit if sign == "<=" else value < limit)]
     if missed:
         raise SystemExit(f"missed: {', '.join(missed)}")

@@ -29,7 +29,7 @@ from a1q.training.distillation import BatchConfig, Distillation, Objective
 from a1q.training.loop import LoopSpec, run_loop
 from a1q.training.parameters import parameter_groups, set_aside_latents
 from benchmarks.common import print_table, save
-from benchmarks.kd_cache import LENGTH, NEGATIVES, VOCABULARY, build_model, write
+from benchmarks.kd_cache import LENGTH, NEGATIVES, TOP_K, VOCABULARY, build_model, write
 
 SEQUENCES, STEPS = 16, 2
 PLAIN = "plain forward and backward"
@@ -122,7 +122,8 @@ def main() -> None:
         folder = Path(name)
         write(dense, tokens, folder / "teacher")
         description = folder / "teacher" / DESCRIPTION
-        description.write_text(json.dumps({**json.loads(description.read_text()), "random_negatives": NEGATIVES}))
+        sizes = {"top_k": TOP_K, "random_negatives": NEGATIVES}
+        description.write_text(json.dumps({**json.loads(description.read_text()), **sizes}))
         ways = variants(dense, TeacherCache(folder / "teacher"))
         ctx = StageContext("bench", None, 0, {}, folder, folder / "scratch", Runtime(threads=threads))
         speeds: dict[str, list[float]] = {PLAIN: [], **{way: [] for way in ways}}
