@@ -146,7 +146,7 @@ def _train_adapters(
     import torch
 
     from a1q.training.adapters import adapter_tensors, attach_adapters
-    from a1q.training.loop import run_loop
+    from a1q.training.loop import LoopSpec, run_loop
 
     config = ctx.config
     alpha = float(config.alpha or config.rank)
@@ -159,7 +159,7 @@ def _train_adapters(
         parameter_groups=[{"name": "adapters", "params": list(state.values()), "lr": config.lr}],
         loss_of=objective.loss_of,
         evaluate=objective.evaluate,
-        spec=_loop_spec(ctx, "adapter", config.steps),
+        spec=LoopSpec.of(config, ctx.seed, name="adapter", steps=config.steps),
         state=state,
         identity=identity,
     )
@@ -184,7 +184,7 @@ def _refit(
 ) -> bool:
     """Merge the adapters into the modules by a new fit and train scales and tables; return whether it helped."""
     from a1q.quant.linear import fit_parts
-    from a1q.training.loop import run_loop
+    from a1q.training.loop import LoopSpec, run_loop
     from a1q.training.parameters import parameter_groups
 
     config, before = ctx.config, ctx.metrics["kl_before"]
@@ -224,7 +224,7 @@ def _refit(
             parameter_groups=groups,
             loss_of=objective.loss_of,
             evaluate=objective.evaluate,
-            spec=_loop_spec(ctx, "refit", config.refit_steps),
+            spec=LoopSpec.of(config, ctx.seed, name="refit", steps=config.refit_steps),
             state=state,
             identity=identity,
         )
@@ -238,21 +238,3 @@ def _refit(
             "the model stays as it was. More steps, a higher rank or `merge: adapter` may help."
         )
     return helped
-
-
-def _loop_spec(ctx: StageContext, name: str, steps: int) -> Any:
-    from a1q.training.loop import LoopSpec
-
-    config = ctx.config
-    return LoopSpec(
-        name=name,
-        steps=steps,
-        seed=ctx.seed,
-        accumulate=config.batch.accumulate,
-        warmup=config.warmup,
-        schedule=config.schedule,
-        final_lr=config.final_lr,
-        clip=config.clip,
-        weight_decay=config.weight_decay,
-        evaluate_every=config.evaluate_every,
-    )

@@ -10,7 +10,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from a1q.engine.stage import StageContext
@@ -56,6 +56,12 @@ class LoopSpec:
     """Checkpoint after every so many steps too."""
     name: str = "train"
     """Folder of the checkpoints inside the stage's scratch folder: a stage may run several loops."""
+
+    @classmethod
+    def of(cls, config: Any, seed: int, **more: Any) -> LoopSpec:
+        """From a training stage's config, whose options are called like these fields; `more` adds or replaces."""
+        named = {item.name: getattr(config, item.name) for item in fields(cls) if hasattr(config, item.name)}
+        return cls(**{**named, "seed": seed, "accumulate": config.batch.accumulate, **more})
 
 
 @dataclass

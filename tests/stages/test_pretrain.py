@@ -121,8 +121,8 @@ def test_heads_that_do_not_divide_are_a_problem(tmp_path: Path):
 def test_killed_and_run_again_gives_the_same_bits(tmp_path: Path, trained: StageContext):
     code = (
         "import sys; from pathlib import Path; from tests.stages.test_pretrain import context, PretrainStage;"
-        "import a1q.training.loop as loop; plain = loop.LoopSpec;"
-        "loop.LoopSpec = lambda **given: plain(**given, checkpoint_steps=3);"
+        "from a1q.training.loop import LoopSpec; plain = LoopSpec.of;"
+        "LoopSpec.of = lambda config, seed: plain(config, seed, checkpoint_steps=3);"
         "PretrainStage().run(context(Path(sys.argv[1]), kill_at=7))"
     )
     root = Path(__file__).parents[2]
