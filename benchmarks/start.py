@@ -1,7 +1,8 @@
-"""How good the start of training is: KL of freshly quantized models, no training. `python -m benchmarks.start [MODEL]`.
+"""How good the start is: KL of freshly quantized models, untrained. `python -m benchmarks.start [MODEL [SIDE]]`.
 
 Every linear of the model (default `builtin:pico`) is quantized by each method; KL to the model itself is measured on
-held-out built-in text, over the full vocabulary. E[x²] comes from the train side.
+held-out built-in text, over the full vocabulary. E[x²] comes from the train side. SIDE is `test`, which was looked at
+while the fit was being developed, or `tune`, which was not.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from benchmarks.common import print_table, save
 
 TEXT = {"source": "builtin:prose"}
 LENGTH, TEST, CALIBRATION = 128, 128, 64
-"""Tokens per sequence, sequences of the test side, sequences of the train side."""
+"""Tokens per sequence, sequences of the held-out side at most, sequences of the train side."""
 METHODS: dict[str, tuple[dict[str, Any], bool]] = {
     "k-means, one table per weight": ({"scheme": "lut"}, False),
     "k-means, a table per 16 channels": ({"scheme": "lut", "granularity": "group"}, False),
@@ -49,7 +50,7 @@ def quantized(model: Any, spec: Mapping[str, Any], statistics: Mapping[str, Any]
     return student, bits / weights
 
 
-def main(source: str = "builtin:pico") -> None:
+def main(source: str = "builtin:pico", side: str = "test") -> None:
     """Measure and print."""
     from a1q.data import token_sequences
     from a1q.distill.evaluate import evaluate_model
@@ -59,7 +60,7 @@ def main(source: str = "builtin:pico") -> None:
 
     folder = resolve_source(source, None).path
     model = load_model(folder)
-    test = token_sequences(TEXT, folder, "test", LENGTH, TEST, seed=0)
+    test = token_sequences(TEXT, folder, side, LENGTH, None, seed=0)[:TEST]
     sample = token_sequences(TEXT, folder, "train", LENGTH, CALIBRATION, seed=0)
     statistics = collect_statistics(model, sample, batch_size=8, progress=lambda done, total: None)
     rows: list[dict[str, Any]] = []
@@ -84,8 +85,10 @@ def main(source: str = "builtin:pico") -> None:
                     "fit_s": round(seconds, 2),
                 }
             )
-    save("start", rows)
-    print_table(f"{source}, {test.size:,} held-out tokens", list(rows[0]), [list(row.values()) for row in rows])
+    save("start" if side == "test" else f"start_{side}", rows)
+    print_table(
+        f"{source}, {test.size:,} tokens of the {side} side", list(rows[0]), [list(row.values()) for row in rows]
+    )
     judged = [row for row in rows if row["bits"] == 2 and row["method"].endswith("E[x²]")]
     worst = max(row["of_absmax_svd"] for row in judged)
     print(f"als with E[x²] at 2 bits has at most {worst:.0%} of the KL of absmax_svd; the limit is {LIMIT:.0%}")
@@ -94,4 +97,4 @@ def main(source: str = "builtin:pico") -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:2])
+    main(*sys.argv[1:3])
