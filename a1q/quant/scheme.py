@@ -4,12 +4,41 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Shape = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Palettized:
+    """A snapped weight as look-up tables and scales: Ŵ = LUT[idx], or Ŵ = LUT[idx] ⊙ (A B)."""
+
+    indices: Tensor
+    """uint8 [out, in]."""
+    lut: Tensor
+    """float16 [tables, 2**bits]; each table serves out / tables consecutive rows."""
+    a: Tensor | None = None
+    """float16 [out, r]."""
+    b: Tensor | None = None
+    """float16 [r, in]; None with `a` there means rank 1 and ones."""
+
+
+@dataclass(frozen=True)
+class Blockwise:
+    """A snapped weight as integers with a scale and a zero point per block: Ŵ = scale * (q - zero)."""
+
+    codes: Tensor
+    """uint8 [out, in], values below 2**bits."""
+    bits: int
+    """4 or 8."""
+    scale: Tensor
+    """float16 [out, groups]; a block is in / groups consecutive inputs of a row."""
+    zero: Tensor
+    """uint8 [out, groups], values below 2**bits."""
 
 
 class Scheme(ABC):
@@ -29,6 +58,11 @@ class Scheme(ABC):
 
     def __init__(self, config: Any):
         self.config = config
+
+    @property
+    def hardware(self) -> str:
+        """How `hardware_form` says the weight: `palette`, `blockwise`, or empty where a scheme has no such form."""
+        return ""
 
     # -- without torch -------------------------------------------------------------------------------------
     @abstractmethod
@@ -68,6 +102,14 @@ class Scheme(ABC):
     @abstractmethod
     def snap(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The parts as stored for good: fp16, rounded on the CPU (fp16 rounding differs between devices)."""
+
+    def hardware_form(self, parts: Mapping[str, Tensor]) -> Palettized | Blockwise:
+        """Snapped parts in the form that exporters for hardware store, exactly the weight that `dequantize` gives.
+
+        Raises:
+            NotImplementedError: if `hardware` is empty.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no hardware form")
 
     def rounded(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The parts as `weight` sees them with `fp16`, in their own types; here every part rounded by itself."""

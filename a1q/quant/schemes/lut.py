@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from a1q.quant.scheme import Scheme, Shape
+from a1q.quant.scheme import Palettized, Scheme, Shape
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,6 +33,10 @@ class Lut(Scheme):
     def __init__(self, config: LutConfig):
         super().__init__(config)
         self.trainable = {"lut": ("lut",)}
+
+    @property
+    def hardware(self) -> str:
+        return "palette"
 
     def tables(self, shape: Shape) -> int:
         """Number of tables for a weight [out, in]."""
@@ -88,3 +92,6 @@ class Lut(Scheme):
 
         indices, lut = snap_lut(parts["indices"], parts["lut"])
         return {"indices": indices, "lut": lut}
+
+    def hardware_form(self, parts: Mapping[str, Tensor]) -> Palettized:
+        return Palettized(parts["indices"], parts["lut"])

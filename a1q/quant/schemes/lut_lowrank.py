@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from a1q.quant.scheme import Scheme, Shape
+from a1q.quant.scheme import Palettized, Scheme, Shape
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,6 +43,10 @@ class LutLowrank(Scheme):
         super().__init__(config)
         learned = {"lut": ("lut",)} if config.lut == "learned" else {}
         self.trainable = {"scales": SCALES, "magnitudes": ("g",), **learned}
+
+    @property
+    def hardware(self) -> str:
+        return "palette"
 
     def check(self, shape: Shape) -> list[str]:
         if self.config.rank > min(shape):
@@ -115,6 +119,9 @@ class LutLowrank(Scheme):
         indices, lut = snap_lut(parts["indices"], parts["lut"][None])
         a, b = fold(parts["a"], parts.get("g"), parts["b"])
         return {"indices": indices, "lut": lut[0], "a": to_fp16(a), "b": to_fp16(b)}
+
+    def hardware_form(self, parts: Mapping[str, Tensor]) -> Palettized:
+        return Palettized(parts["indices"], parts["lut"][None], parts["a"], parts["b"])
 
     def apply(self, parts: Mapping[str, Tensor], x: Tensor, form: str) -> Tensor:
         from torch.nn.functional import linear
