@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from a1q.coreml.architecture import FAMILIES, MAX_DIMENSION, STATE, head_parts, problems, read_architecture
+from a1q.coreml.architecture import FAMILIES, MAX_DIMENSION, head_parts, problems, read_architecture
+from a1q.coreml.single import PACKAGE, STATE, Calls
 from a1q.engine.artifact import Artifact
 from a1q.engine.exporter import Exporter
 from a1q.engine.stage import StageContext
@@ -18,12 +19,10 @@ from a1q.errors import StageError
 if TYPE_CHECKING:
     from torch import nn
 
-    from a1q.coreml.graph import Layout
     from a1q.coreml.reader import Package
     from a1q.coreml.verify import Comparison
 
 SCHEMES = ("lut", "lut_lowrank")
-PACKAGE = "model.mlpackage"
 Precision = Literal["fp32", "fp16"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16")
 SIZE_TOLERANCE = 0.03
@@ -99,9 +98,10 @@ class CoremlExporter(Exporter):
         Raises:
             StageError: if a weight does not fit fp16, or the package read back is not what `verify` asks.
         """
-        from a1q.coreml.graph import build_program, layout_of
+        from a1q.coreml.layouts import Options
         from a1q.coreml.package import write_package
         from a1q.coreml.reader import read_package
+        from a1q.coreml.single import build_program, outputs
         from a1q.coreml.weights import decoder_weights
         from a1q.models.checkpoint import copy_companions, load_model
         from a1q.models.view import read_view
@@ -110,10 +110,11 @@ class CoremlExporter(Exporter):
         architecture = read_architecture(view.config)
         loaded = load_model(model.path)
         weights = decoder_weights(loaded)
-        layout = layout_of(weights, architecture.vocabulary, config.context, config.prefill)
+        options = Options(config.context, config.prefill)
+        layout = Calls(config.prefill, outputs(architecture, weights, options))
         ctx.log(f"writing {PACKAGE}: {architecture.layers} layers, context {config.context}")
-        built, total = itertools.count(1), len(layout.functions) * architecture.layers
-        program = build_program(architecture, weights, layout, lambda: ctx.progress(next(built), total))
+        built, total = itertools.count(1), 2 * architecture.layers
+        program = build_program(architecture, weights, options, lambda: ctx.progress(next(built), total))
         write_package(program, ctx.out / PACKAGE)
         del program, weights
         copy_companions(model.path, ctx.out)
@@ -134,7 +135,7 @@ class CoremlExporter(Exporter):
         )
 
     def _verify(
-        self, model: nn.Module, folder: Path, package: Package, layout: Layout, wanted: Verify, ctx: StageContext
+        self, model: nn.Module, folder: Path, package: Package, layout: Calls, wanted: Verify, ctx: StageContext
     ) -> None:
         """Compare the package as read back with the PyTorch model."""
         from a1q.coreml.verify import compare, prompt_tokens, reference_run
@@ -158,14 +159,12 @@ class CoremlExporter(Exporter):
 def theoretical_bytes(view: Any) -> int:
     """Bytes of the weights: quantized modules at the bits of their scheme, everything else in fp16.
 
-    A tied head is stored once, or a second time where the vocabulary needs a head in several parts.
+    A tied head is stored once.
     """
     from a1q.quant.bits import module_bits
 
     quantized = [module for module in view.modules.values() if module.scheme is not None]
     dense = view.parameters - sum(module.shape[0] * module.shape[1] for module in quantized)
-    if view.tied and head_parts(int(view.config["vocab_size"])) != 1:
-        dense += int(view.config["vocab_size"]) * int(view.config["hidden_size"])
     return 2 * dense + sum(module_bits(module) for module in quantized) // 8
 
 
@@ -193,7 +192,7 @@ def _failures(found: Mapping[Precision, Comparison], metrics: Mapping[str, Any],
     return failures
 
 
-def _meta(view: Any, config: CoremlConfig, layout: Layout) -> dict[str, Any]:
+def _meta(view: Any, config: CoremlConfig, layout: Calls) -> dict[str, Any]:
     """What a program that loads the package needs to know."""
     quantized = {m.name: dict(m.scheme) for m in view.modules.values() if m.scheme is not None}
     return {
@@ -202,7 +201,7 @@ def _meta(view: Any, config: CoremlConfig, layout: Layout) -> dict[str, Any]:
         "layout": config.layout,
         "model_type": view.config["model_type"],
         "context": config.context,
-        "functions": layout.functions,
+        "functions": {"infer": 1, "prefill": layout.chunk},
         "outputs": layout.outputs,
         "state": STATE,
         "vocabulary": view.config["vocab_size"],

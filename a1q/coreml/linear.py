@@ -1,10 +1,10 @@
-"""A linear as MIL operations: 1x1 convolutions on tensors (1, channels, 1, positions), in fp16.
+"""A matrix as MIL operations in fp16: 1x1 convolutions on (1, channels, 1, positions), and rows looked up.
 
-| form | operations |
-|---|---|
-| dense, or a LUT alone | convolution |
-| rank 1, `y = a * Q(b * x)` | multiply, convolution, multiply |
-| rank r | x * b as (1, in, r, S), one convolution, * a, sum over r |
+| form | y = W x | row of W |
+|---|---|---|
+| dense, a LUT alone, or integers in blocks | convolution | gather |
+| rank 1, `y = a * Q(b * x)` | multiply, convolution, multiply | gather Q and a, multiply |
+| rank r | x * b as (1, in, r, S), one convolution, * a, sum over r | gather Q and a, sum of a * b over r, multiply |
 
 The scales stand before and after the convolution and never behind the LUT: a scale folded into the weight would
 make a dense weight of it, and `constexpr_blockwise_shift_scale` behind a LUT is reported not to load everywhere.
@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from a1q.coreml.weights import Array, Linear, Palette
+from a1q.coreml.weights import Array, Blocks, Linear, Palette
 
 
 def constant(name: str, value: Array) -> Any:
@@ -28,42 +28,108 @@ def constant(name: str, value: Array) -> Any:
     return var
 
 
-def linear(x: Any, weight: Linear, name: str) -> Any:
+class Matrix:
+    """A weight [out, in] inside one function: products and look-ups read the same constants.
+
+    Args:
+        weight: what it holds.
+        name: of its constants; equal in all functions that share them.
+        adapter_name: of the adapter's constants.
+    """
+
+    def __init__(self, weight: Linear, name: str, adapter_name: str = "lora"):
+        self.weight = weight
+        self.name = name
+        self.adapter_name = adapter_name
+        self.stored = _stored(weight, name)
+        """Var (out, in, 1, 1)."""
+        rank = 1 if weight.a is None else weight.a.shape[1]
+        self.a = None if weight.a is None else constant(f"{name}_a", weight.a.reshape(1, -1, rank, 1))
+        """Var (1, out, r, 1) or None."""
+        self.b = (
+            None
+            if weight.b is None
+            else constant(f"{name}_b", np.ascontiguousarray(weight.b.T).reshape(1, -1, rank, 1))
+        )
+        """Var (1, in, r, 1) or None."""
+        self.rank = rank
+
+    def times(self, x: Any) -> Any:
+        """(1, in, 1, S) -> (1, out, 1, S), bias and adapter included."""
+        from coremltools.converters.mil import Builder as mb
+
+        weight = self.weight
+        y = mb.conv(x=x if self.b is None else mb.mul(x=x, y=self.b), weight=self.stored)
+        if self.a is not None:
+            y = mb.mul(x=y, y=self.a)
+        if self.rank > 1:
+            y = mb.reduce_sum(x=y, axes=[2], keep_dims=True)
+        if weight.bias is not None:
+            y = mb.add(x=y, y=constant(f"{self.name}_bias", weight.bias.reshape(1, -1, 1, 1)))
+        if weight.adapter is not None:
+            down, up = (
+                constant(f"{self.name}_{self.adapter_name}_{part}", matrix[:, :, None, None])
+                for part, matrix in zip("AB", weight.adapter, strict=True)
+            )
+            y = mb.add(x=y, y=mb.conv(x=mb.conv(x=x, weight=down), weight=up))
+        return y
+
+    def rows(self, ids: Any) -> Any:
+        """Rows int32 (1, S) -> (1, in, 1, S)."""
+        from coremltools.converters.mil import Builder as mb
+
+        size, count = self.weight.shape[1], ids.shape[1]
+        found = mb.gather(x=self.stored, indices=ids, axis=0, validate_indices=False)
+        x = mb.transpose(x=mb.reshape(x=found, shape=[1, count, 1, size]), perm=[0, 3, 2, 1])
+        if self.a is None:
+            return x
+        a = mb.gather(x=self.a, indices=ids, axis=1, validate_indices=False)
+        scale = mb.transpose(x=mb.reshape(x=a, shape=[1, 1, count, self.rank]), perm=[0, 1, 3, 2])
+        if self.b is not None:
+            scale = mb.mul(x=scale, y=self.b)
+        if self.rank > 1:
+            scale = mb.reduce_sum(x=scale, axes=[2], keep_dims=True)
+        return mb.mul(x=x, y=scale)
+
+
+def linear(x: Any, weight: Linear, name: str, adapter_name: str = "lora") -> Any:
     """Apply `weight` to `x` (1, in, 1, S), giving (1, out, 1, S)."""
+    return Matrix(weight, name, adapter_name).times(x)
+
+
+def _stored(weight: Linear, name: str) -> Any:
+    if weight.palette is not None:
+        return _palettized(weight.palette, name)
+    if weight.blocks is not None:
+        return _blockwise(weight.blocks, name)
+    assert weight.dense is not None
+    return constant(f"{name}_weight", weight.dense[:, :, None, None])
+
+
+def _palettized(palette: Palette, name: str) -> Any:
+    """The weight (out, in, 1, 1) from our own indices and tables."""
     from coremltools.converters.mil import Builder as mb
 
-    y = _product(x, weight, name)
-    if weight.bias is not None:
-        y = mb.add(x=y, y=constant(f"{name}_bias", weight.bias.reshape(1, -1, 1, 1)))
-    if weight.adapter is not None:
-        down, up = weight.adapter
-        inner = mb.conv(x=x, weight=constant(f"{name}_lora_A", down[:, :, None, None]))
-        y = mb.add(x=y, y=mb.conv(x=inner, weight=constant(f"{name}_lora_B", up[:, :, None, None])))
-    return y
-
-
-def _product(x: Any, weight: Linear, name: str) -> Any:
-    from coremltools.converters.mil import Builder as mb
-
-    if weight.palette is None:
-        assert weight.dense is not None
-        return mb.conv(x=x, weight=constant(f"{name}_weight", weight.dense[:, :, None, None]))
-    palettized = palettized_weight(weight.palette, name)
-    if weight.a is None or weight.b is None:
-        return mb.conv(x=x, weight=palettized)
-    rank = weight.b.shape[0]
-    b = constant(f"{name}_b", np.ascontiguousarray(weight.b.T).reshape(1, -1, rank, 1))
-    a = constant(f"{name}_a", weight.a.reshape(1, -1, rank, 1))
-    y = mb.mul(x=mb.conv(x=mb.mul(x=x, y=b), weight=palettized), y=a)
-    return y if rank == 1 else mb.reduce_sum(x=y, axes=[2], keep_dims=True)
-
-
-def palettized_weight(palette: Palette, name: str) -> Any:
-    """The weight (out, in, 1, 1) of a 1x1 convolution from our own indices and tables."""
-    from coremltools.converters.mil import Builder as mb
-    from coremltools.converters.mil.mil import types
-
-    index_type = types.nptype_from_builtin(types.string_to_builtin(f"uint{palette.bits}"))
-    indices = constant(f"{name}_indices", palette.indices[:, :, None, None].astype(index_type))
+    indices = constant(f"{name}_indices", palette.indices[:, :, None, None].astype(_unsigned(palette.bits)))
     lut = constant(f"{name}_lut", palette.lut[:, None, None, None, :, None])
     return mb.constexpr_lut_to_dense(indices=indices, lut=lut, name=f"{name}_weight")
+
+
+def _blockwise(blocks: Blocks, name: str) -> Any:
+    """The weight (out, in, 1, 1) from integers, scales and zero points."""
+    from coremltools.converters.mil import Builder as mb
+
+    kind = _unsigned(blocks.bits)
+    return mb.constexpr_blockwise_shift_scale(
+        data=constant(f"{name}_codes", blocks.codes[:, :, None, None].astype(kind)),
+        scale=constant(f"{name}_scale", blocks.scale[:, :, None, None]),
+        offset=constant(f"{name}_zero", blocks.zero[:, :, None, None].astype(kind)),
+        name=f"{name}_weight",
+    )
+
+
+def _unsigned(bits: int) -> Any:
+    """The NumPy type in which coremltools takes unsigned integers of so many bits."""
+    from coremltools.converters.mil.mil import types
+
+    return types.nptype_from_builtin(types.string_to_builtin(f"uint{bits}"))

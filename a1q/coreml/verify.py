@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from a1q.coreml.graph import Layout
 from a1q.coreml.interpreter import Interpreter, Precision, State
 from a1q.coreml.operations import Array
+from a1q.coreml.single import Calls
 
 if TYPE_CHECKING:
     from torch import nn
@@ -88,7 +88,7 @@ def reference_run(model: nn.Module, prompt: Sequence[int], generate: int) -> Ref
 
 def compare(
     program: Any,
-    layout: Layout,
+    layout: Calls,
     reference: Reference,
     precision: Precision,
     tick: Callable[[], None] = lambda: None,
@@ -132,12 +132,12 @@ def compare(
     )
 
 
-def _infer(interpreter: Interpreter, layout: Layout, tokens: Array, position: int, state: State) -> Array:
+def _infer(interpreter: Interpreter, layout: Calls, tokens: Array, position: int, state: State) -> Array:
     inputs = {"input_ids": tokens[None, position : position + 1], "position": np.array([position], np.int32)}
     return _logits(interpreter.run("infer", inputs, state), layout)
 
 
-def _prefill(interpreter: Interpreter, layout: Layout, tokens: Array, start: int, state: State) -> Array:
+def _prefill(interpreter: Interpreter, layout: Calls, tokens: Array, start: int, state: State) -> Array:
     """One chunk, padded with token 0; the logits after its last token."""
     padded = np.zeros((1, layout.chunk), np.int32)
     padded[0, : len(tokens)] = tokens
@@ -145,7 +145,7 @@ def _prefill(interpreter: Interpreter, layout: Layout, tokens: Array, start: int
     return _logits(interpreter.run("prefill", inputs, state), layout)
 
 
-def _logits(outputs: dict[str, Array], layout: Layout) -> Array:
+def _logits(outputs: dict[str, Array], layout: Calls) -> Array:
     return np.concatenate([outputs[name][0, 0] for name in layout.outputs])
 
 

@@ -1,7 +1,7 @@
 """The weights of a decoder as NumPy arrays in the form in which Core ML will hold them.
 
-A linear is `y = W x + bias + B(A x)` with `W = palette` or `W = palette * (a @ b)` elementwise or `W` dense;
-`(A, B)` is an unmerged adapter.
+A linear is `y = W x + bias + B(A x)` where W is dense, or a palette, or a palette times `a @ b` elementwise, or integers
+with a scale and a zero point per block; `(A, B)` is an unmerged adapter. An embedding is such a matrix too.
 """
 
 from __future__ import annotations
@@ -13,12 +13,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from a1q.coreml.architecture import Architecture, read_architecture
 from a1q.errors import StageError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-
-    from a1q.quant.linear import QuantLinear
 
 Array = npt.NDArray[Any]
 
@@ -44,16 +43,31 @@ class Palette:
 
 
 @dataclass(frozen=True)
+class Blocks:
+    """A weight as unsigned integers with a scale and a zero point per block of a row: scale * (code - zero)."""
+
+    codes: Array
+    """uint8 [out, in], values below 2**bits."""
+    bits: int
+    """4 or 8."""
+    scale: Array
+    """float16 [out, groups]."""
+    zero: Array
+    """uint8 [out, groups]."""
+
+
+@dataclass(frozen=True)
 class Linear:
-    """One linear module."""
+    """One matrix: a linear module, or an embedding (whose rows are looked up)."""
 
     dense: Array | None = None
-    """float16 [out, in]; None where `palette` says the weight."""
+    """float16 [out, in]; None where `palette` or `blocks` says the weight."""
     palette: Palette | None = None
+    blocks: Blocks | None = None
     a: Array | None = None
     """float16 [out, r]: scales of the outputs."""
     b: Array | None = None
-    """float16 [r, in]: scales of the inputs."""
+    """float16 [r, in]: scales of the inputs; None with `a` there: r is 1 and they are ones."""
     bias: Array | None = None
     """float16 [out]."""
     adapter: tuple[Array, Array] | None = None
@@ -62,9 +76,19 @@ class Linear:
     @property
     def shape(self) -> tuple[int, int]:
         """[out, in]."""
-        matrix = self.dense if self.palette is None else self.palette.indices
+        matrix = self.dense
+        if self.palette is not None:
+            matrix = self.palette.indices
+        elif self.blocks is not None:
+            matrix = self.blocks.codes
         assert matrix is not None
         return matrix.shape[0], matrix.shape[1]
+
+    @property
+    def row_step(self) -> int:
+        """Rows that must stay together when the matrix is cut, because they share a table of several."""
+        palette = self.palette
+        return 1 if palette is None or len(palette.lut) == 1 else palette.rows_per_table
 
     def rows(self, start: int, stop: int) -> Linear:
         """The part that computes outputs `start` to `stop`; a table must not be cut in two."""
@@ -72,42 +96,70 @@ class Linear:
         def cut(array: Array | None) -> Array | None:
             return None if array is None else array[start:stop]
 
-        palette = self.palette
+        palette, blocks = self.palette, self.blocks
         if palette is not None:
             step = palette.rows_per_table
             lut = palette.lut if len(palette.lut) == 1 else palette.lut[start // step : stop // step]
             palette = Palette(palette.indices[start:stop], lut)
+        if blocks is not None:
+            blocks = Blocks(blocks.codes[start:stop], blocks.bits, blocks.scale[start:stop], blocks.zero[start:stop])
         adapter = None if self.adapter is None else (self.adapter[0], self.adapter[1][start:stop])
-        return replace(
-            self, dense=cut(self.dense), palette=palette, a=cut(self.a), bias=cut(self.bias), adapter=adapter
-        )
+        return Linear(cut(self.dense), palette, blocks, cut(self.a), self.b, cut(self.bias), adapter)
 
     def dequantize(self) -> Array:
         """The weight [out, in] in float32, adapter excluded."""
+        if self.blocks is not None:
+            repeat = self.blocks.codes.shape[1] // self.blocks.scale.shape[1]
+            scale = np.repeat(self.blocks.scale.astype(np.float32), repeat, axis=1)
+            return scale * (self.blocks.codes.astype(np.float32) - np.repeat(self.blocks.zero, repeat, axis=1))
         if self.palette is None:
             assert self.dense is not None
             return self.dense.astype(np.float32)
         tables = np.repeat(self.palette.lut.astype(np.float32), self.palette.rows_per_table, axis=0)
         weight = np.take_along_axis(tables, self.palette.indices.astype(np.int64), axis=1)
-        if self.a is None or self.b is None:
+        if self.a is None:
             return weight
-        return weight * (self.a.astype(np.float32) @ self.b.astype(np.float32))
+        a = self.a.astype(np.float32)
+        return weight * (a if self.b is None else a @ self.b.astype(np.float32))
+
+    @property
+    def theory_bits(self) -> int:
+        """Bits of everything this holds: indices, tables, scales, zero points, bias, adapter."""
+        out, columns = self.shape
+        bits = 0 if self.dense is None else 16 * out * columns
+        if self.palette is not None:
+            bits += self.palette.bits * out * columns + 16 * self.palette.lut.size
+        if self.blocks is not None:
+            bits += self.blocks.bits * (out * columns + self.blocks.zero.size) + 16 * self.blocks.scale.size
+        vectors = (self.a, self.b, self.bias, *(self.adapter or ()))
+        return bits + 16 * sum(vector.size for vector in vectors if vector is not None)
 
 
 @dataclass(frozen=True)
 class DecoderWeights:
     """All weights of a decoder, by Hugging Face module name."""
 
-    embedding: Array
-    """float16 [vocabulary, hidden]."""
+    embedding: Linear
+    """[vocabulary, hidden], without the factor of `Architecture.embedding_scale`."""
     linears: Mapping[str, Linear]
     """Projections, and `lm_head` unless it is tied."""
     norms: Mapping[str, Array]
-    """float32 vectors."""
+    """float32 vectors: the factors themselves (1 + w where a family stores w)."""
+    rotations: Mapping[str, tuple[Array, float]]
+    """Layer kind -> (angle per position, float32 [head_dim / 2]; factor of cosine and sine)."""
 
     def head(self) -> Linear:
-        """The head; the embedding's values where it is tied."""
-        return self.linears.get("lm_head") or Linear(dense=self.embedding)
+        """The head; the embedding where it is tied."""
+        return self.linears.get("lm_head") or self.embedding
+
+    @property
+    def tied(self) -> bool:
+        """Whether the head is the embedding."""
+        return "lm_head" not in self.linears
+
+    def without_adapters(self) -> DecoderWeights:
+        """The same without unmerged adapters."""
+        return replace(self, linears={name: replace(x, adapter=None) for name, x in self.linears.items()})
 
 
 def decoder_weights(model: nn.Module) -> DecoderWeights:
@@ -118,38 +170,54 @@ def decoder_weights(model: nn.Module) -> DecoderWeights:
     """
     from torch import nn
 
-    from a1q.quant.linear import QuantLinear
-
+    architecture = read_architecture(model.config.to_dict())  # type: ignore[union-attr, operator]
     linears: dict[str, Linear] = {}
     norms: dict[str, Array] = {}
-    embedding: Array | None = None
-    tied = bool(model.config.tie_word_embeddings)  # type: ignore[union-attr]
+    embedding: Linear | None = None
     for name, module in model.named_modules():
-        if isinstance(module, QuantLinear):
-            linears[name] = _quantized_linear(module, name)
-        elif isinstance(module, nn.Embedding):
-            embedding = half(module.weight, name)
+        if architecture.tied and name == "lm_head":
+            continue
+        if isinstance(module, nn.Embedding):
+            embedding = _matrix(module, name)
         elif isinstance(module, nn.Linear):
-            if not (tied and name == "lm_head"):
-                linears[name] = Linear(dense=half(module.weight, name), bias=_optional(module.bias, f"{name}.bias"))
+            linears[name] = _matrix(module, name)
         elif isinstance(getattr(module, "weight", None), nn.Parameter):
-            norms[name] = half(module.weight, name).astype(np.float32)
+            norms[name] = half(module.weight + architecture.norm_offset, name).astype(np.float32)
     assert embedding is not None, "a decoder without an embedding"
-    return DecoderWeights(embedding, linears, norms)
+    return DecoderWeights(embedding, linears, norms, _rotations(model, architecture))
 
 
-def _quantized_linear(module: QuantLinear, name: str) -> Linear:
-    parts = module.parts()
-    lut = half(parts["lut"], f"{name}.lut")
+def _rotations(model: nn.Module, architecture: Architecture) -> dict[str, tuple[Array, float]]:
+    """The model's own frequencies, whatever scaling they came from, by kind of layer."""
+    rotary = model.model.rotary_emb  # type: ignore[union-attr]
+    found = {}
+    for kind in architecture.kinds:
+        prefix = f"{kind}_" if hasattr(rotary, f"{kind}_inv_freq") else ""
+        frequency = getattr(rotary, f"{prefix}inv_freq").detach().float().numpy()  # type: ignore[union-attr, operator]
+        found[kind] = frequency, float(getattr(rotary, f"{prefix}attention_scaling", 1.0))  # type: ignore[arg-type]
+    return found
+
+
+def _matrix(module: Any, name: str) -> Linear:
+    """A linear or an embedding, dense or snapped."""
+    bias = _optional(getattr(module, "bias", None), f"{name}.bias")
+    if not hasattr(module, "scheme"):
+        return Linear(dense=half(module.weight, name), bias=bias)
+    from a1q.quant.scheme import Blockwise
+
+    form = module.scheme.hardware_form(module.parts())
     adapter = None
     if module.lora_A is not None and module.lora_B is not None:
         scale = module.adapter_alpha / len(module.lora_A)
         adapter = half(module.lora_A, f"{name}.lora_A"), half(module.lora_B.float() * scale, f"{name}.lora_B")
+    if isinstance(form, Blockwise):
+        blocks = Blocks(form.codes.numpy(), form.bits, half(form.scale, f"{name}.scale"), form.zero.numpy())
+        return Linear(blocks=blocks, bias=bias, adapter=adapter)
     return Linear(
-        palette=Palette(parts["indices"].numpy(), lut.reshape(-1, lut.shape[-1])),
-        a=_optional(parts.get("a"), f"{name}.a"),
-        b=_optional(parts.get("b"), f"{name}.b"),
-        bias=_optional(module.bias, f"{name}.bias"),
+        palette=Palette(form.indices.numpy(), half(form.lut, f"{name}.lut")),
+        a=_optional(form.a, f"{name}.a"),
+        b=_optional(form.b, f"{name}.b"),
+        bias=bias,
         adapter=adapter,
     )
 

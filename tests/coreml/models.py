@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from a1q.coreml.architecture import Architecture, read_architecture
-from a1q.coreml.graph import Layout, build_program, layout_of
+from a1q.coreml.layouts import Options
 from a1q.coreml.package import write_package
 from a1q.coreml.reader import Package, read_package
+from a1q.coreml.single import Calls, build_program, outputs
 from a1q.coreml.weights import DecoderWeights, decoder_weights
 from tests.tiny import tiny_model
 
@@ -57,13 +58,14 @@ def decoder(scheme: Mapping[str, Any] | None = None, adapter: int = 0, **changes
 
 
 def program_of(
-    model: Any, context: int = 128, chunk: int = 32, weights: DecoderWeights | None = None
-) -> tuple[Any, Layout, Architecture]:
-    """The MIL program of a model, of other weights if given."""
+    model: Any, context: int = 128, chunk: int = 32, weights: DecoderWeights | None = None, **options: Any
+) -> tuple[Any, Calls, Architecture]:
+    """The MIL program of a model in the layout `single`, of other weights if given."""
     architecture = read_architecture(model.config.to_dict())
     weights = weights or decoder_weights(model)
-    layout = layout_of(weights, architecture.vocabulary, context, chunk)
-    return build_program(architecture, weights, layout), layout, architecture
+    settings = Options(context, chunk, **options)
+    calls = Calls(chunk, outputs(architecture, weights, settings))
+    return build_program(architecture, weights, settings), calls, architecture
 
 
 def saved(program: Any, folder: Path) -> Package:
@@ -73,7 +75,9 @@ def saved(program: Any, folder: Path) -> Package:
     return read_package(path)
 
 
-def package_of(model: Any, folder: Path, weights: DecoderWeights | None = None) -> tuple[Package, Layout]:
+def package_of(
+    model: Any, folder: Path, weights: DecoderWeights | None = None, **options: Any
+) -> tuple[Package, Calls]:
     """Write a model as a package and read it back."""
-    program, layout, _ = program_of(model, weights=weights)
-    return saved(program, folder), layout
+    program, calls, _ = program_of(model, weights=weights, **options)
+    return saved(program, folder), calls
