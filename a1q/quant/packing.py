@@ -25,6 +25,9 @@ def packed_size(count: int, bits: int) -> int:
 def pack(indices: Tensor, bits: int) -> Tensor:
     """Pack a uint8 tensor of any shape, values below 2**bits, into uint8 [packed_size(numel, bits)].
 
+    All arithmetic is in bytes: a table of 150 million entries passes through here, and wider temporaries would cost
+    gigabytes.
+
     Raises:
         ValueError: if a value does not fit, or the width is none of `WIDTHS`.
     """
@@ -38,13 +41,18 @@ def pack(indices: Tensor, bits: int) -> Tensor:
         raise ValueError(f"index {int(flat.max())} does not fit in {bits} bits")
     if bits == 8:
         return flat.clone()
-    padded = torch.zeros(-(-flat.numel() // per_group), per_group, dtype=torch.int32)
-    padded.view(-1)[: flat.numel()] = flat.to("cpu", torch.int32)
-    word = torch.zeros(len(padded), dtype=torch.int32)
+    groups, octets_per_group = -(-flat.numel() // per_group), per_group * bits // 8
+    padded = flat
+    if flat.numel() % per_group:
+        padded = torch.cat([flat, flat.new_zeros(groups * per_group - flat.numel())])
+    entries = padded.view(groups, per_group)
+    octets = flat.new_zeros(groups, octets_per_group)
     for position in range(per_group):
-        word |= padded[:, position] << (position * bits)
-    octets = torch.stack([(word >> (8 * byte)) & 0xFF for byte in range(per_group * bits // 8)], dim=1)
-    return octets.to(torch.uint8).reshape(-1)[: packed_size(flat.numel(), bits)].to(indices.device)
+        octet, shift = divmod(position * bits, 8)
+        octets[:, octet] |= entries[:, position] << shift  # what leaves the byte at the top is dropped
+        if shift + bits > 8:
+            octets[:, octet + 1] |= entries[:, position] >> (8 - shift)
+    return octets.view(-1)[: packed_size(flat.numel(), bits)]
 
 
 def unpack(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
@@ -65,14 +73,18 @@ def unpack(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
     if used and int(packed.reshape(-1)[-1]) >> used:
         raise ValueError("padding bits of packed indices are not zero")
     groups = -(-count // per_group)
-    octets = torch.zeros(groups, octets_per_group, dtype=torch.int32)
-    octets.view(-1)[: packed.numel()] = packed.reshape(-1).to("cpu", torch.int32)
-    word = torch.zeros(groups, dtype=torch.int32)
-    for byte in range(octets_per_group):
-        word |= octets[:, byte] << (8 * byte)
-    mask = 2**bits - 1
-    indices = torch.stack([(word >> (position * bits)) & mask for position in range(per_group)], dim=1)
-    return indices.to(torch.uint8).reshape(-1)[:count].reshape(shape).to(packed.device)
+    octets = packed.reshape(-1)
+    if octets.numel() % octets_per_group:
+        octets = torch.cat([octets, octets.new_zeros(groups * octets_per_group - octets.numel())])
+    octets = octets.view(groups, octets_per_group)
+    indices = packed.new_empty(groups, per_group)
+    for position in range(per_group):
+        octet, shift = divmod(position * bits, 8)
+        entry = octets[:, octet] >> shift
+        if shift + bits > 8:
+            entry |= octets[:, octet + 1] << (8 - shift)
+        torch.bitwise_and(entry, 2**bits - 1, out=indices[:, position])
+    return indices.view(-1)[:count].reshape(shape)
 
 
 def _group(bits: int) -> tuple[int, int]:
