@@ -46,7 +46,7 @@ class PackedExporter(Exporter):
                     shutil.copyfile(source, target)
         else:
             from a1q.models.checkpoint import load_model, save_model
-            from a1q.quant.linear import quantized_modules
+            from a1q.quant.module import quantized_modules
 
             loaded = load_model(model.path)
             modules = dict(quantized_modules(loaded))

@@ -56,7 +56,7 @@ class SafetensorsExporter(Exporter):
         from huggingface_hub import save_torch_state_dict
 
         from a1q.models.checkpoint import copy_companions, load_model
-        from a1q.quant.linear import quantized_modules
+        from a1q.quant.module import quantized_modules
 
         torch.manual_seed(ctx.seed)
         loaded = load_model(model.path)
@@ -79,7 +79,7 @@ class SafetensorsExporter(Exporter):
         import torch
         from transformers import AutoModelForCausalLM
 
-        from a1q.quant.linear import quantized_modules
+        from a1q.quant.module import quantized_modules
 
         written: Any = AutoModelForCausalLM.from_pretrained(ctx.out, dtype=torch.float32, use_safetensors=True)
         generator = torch.Generator().manual_seed(ctx.seed)
@@ -107,7 +107,7 @@ def _fp16_state(model: nn.Module, progress: Callable[[int, int], None]) -> dict[
     Raises:
         StageError: if a weight is not finite in fp16.
     """
-    from a1q.quant.linear import quantized_modules
+    from a1q.quant.module import quantized_modules
 
     quantized = dict(quantized_modules(model))
     inside = tuple(f"{name}." for name in quantized)

@@ -197,14 +197,19 @@ def _end_tokens(folder: Path, tokenizer: Any, config: Any) -> list[int]:
 
 
 def _write_out(model: Any) -> None:
-    """Replace quantized linears by dense ones of the same weights, adapters added: one dequantization instead of one
-    a token."""
+    """Replace quantized linears and heads tied to a quantized embedding by dense ones of the same weights, adapters
+    added: one dequantization instead of one a token. Quantized embeddings stay, as they look up single rows."""
     from torch import nn
 
-    from a1q.quant.linear import quantized_modules, swap_module
+    from a1q.quant.linear import QuantLinear
+    from a1q.quant.tied import TiedHead, swap_module
 
-    for name, module in list(quantized_modules(model)):
-        dense = nn.Linear(1, 1)
-        dense.weight = nn.Parameter(module.weight.detach() + module.adapter_delta(), requires_grad=False)
-        dense.bias = module.bias
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, QuantLinear | TiedHead):
+            continue
+        weight = module.weight.detach()
+        if isinstance(module, QuantLinear):
+            weight = weight + module.adapter_delta()
+        dense: Any = nn.Linear(1, 1)
+        dense.weight, dense.bias = nn.Parameter(weight, requires_grad=False), module.bias
         swap_module(model, name, dense)

@@ -8,6 +8,7 @@ kind `model`). One entry only: safetensors writes several in random order, and e
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -47,7 +48,7 @@ def save_model(model: Any, folder: Path, tokenizer_from: Path | None = None) -> 
     import torch
     from safetensors.torch import save_file
 
-    from a1q.quant.linear import quantized_modules
+    from a1q.quant.module import quantized_modules
 
     modules = dict(quantized_modules(model))
     snapped = any(module.state == SNAPPED for module in modules.values())
@@ -67,6 +68,7 @@ def save_model(model: Any, folder: Path, tokenizer_from: Path | None = None) -> 
             "shape": list(module.shape),
             "adapter": module.adapter,
             "fp16": module.straight_through_fp16,
+            **({} if module.kind == "linear" else {"kind": module.kind}),
         }
     header = json.dumps({"format": FORMAT, "modules": facts}, sort_keys=True)
     save_file(tensors, folder / WEIGHTS, metadata={"a1q": header})
@@ -133,7 +135,8 @@ def _quantized_tensors(name: str, module: Any) -> dict[str, Tensor]:
     from a1q.quant.packing import pack
 
     stored = dict(module.parts())
-    stored["indices"] = pack(stored["indices"].cpu(), module.spec["bits"])
+    for part in module.scheme.integers:
+        stored[part] = pack(stored[part].cpu(), module.spec["bits"])
     optional = {"latent": module.latent, "lora_A": module.lora_A, "lora_B": module.lora_B}
     stored.update({part: tensor for part, tensor in optional.items() if tensor is not None})
     return {f"{name}.{part}": tensor.detach().cpu().contiguous() for part, tensor in stored.items()}
@@ -193,7 +196,7 @@ def _load_own(folder: Path, facts: Mapping[str, Any], dtype: torch.dtype) -> Any
     from safetensors import safe_open
     from transformers import AutoModelForCausalLM
 
-    from a1q.quant.linear import swap_module
+    from a1q.quant.tied import swap_module
 
     with init_empty_weights(include_buffers=False):  # buffers that no file holds (rotary frequencies) are computed
         model = AutoModelForCausalLM.from_config(_config(folder), attn_implementation="sdpa", dtype=dtype)
@@ -202,12 +205,13 @@ def _load_own(folder: Path, facts: Mapping[str, Any], dtype: torch.dtype) -> Any
         names = set(file.keys())
         used = set()
         for name, fact in facts.items():
-            module, taken = _read_quantized(folder, file, names, name, fact)
-            used |= taken
             try:
-                swap_module(model, name, module)
+                dense = model.get_submodule(name)
             except AttributeError:
                 raise StageError(f"{folder}: the model has no module {name}") from None
+            module, taken = _read_quantized(folder, file, names, name, fact, dense)
+            used |= taken
+            swap_module(model, name, module)
         expected = _dense_tensors(model, facts)
         _refuse_differences(folder, set(expected) - names, names - used - set(expected))
         for name, slot in expected.items():
@@ -220,20 +224,33 @@ def _load_own(folder: Path, facts: Mapping[str, Any], dtype: torch.dtype) -> Any
 
 
 def _read_quantized(
-    folder: Path, file: Any, names: set[str], name: str, fact: Mapping[str, Any]
+    folder: Path, file: Any, names: set[str], name: str, fact: Mapping[str, Any], dense: nn.Module
 ) -> tuple[Any, set[str]]:
-    """A `QuantLinear` and the tensor names it was read from (its bias is read with the dense tensors)."""
+    """What comes in the place of `dense`, and the tensor names it was read from.
+
+    Its bias is read with the dense tensors. Its kind is the header's, `linear` where that names none.
+    """
+    from torch import nn
+
     from a1q.quant.build import make_scheme
+    from a1q.quant.embedding import QuantEmbedding
     from a1q.quant.linear import QuantLinear
+    from a1q.quant.module import QuantModule
     from a1q.quant.packing import packed_size, unpack
+
+    kinds: dict[str, tuple[type[QuantModule], type[nn.Module]]]
+    kinds = {"linear": (QuantLinear, nn.Linear), "embedding": (QuantEmbedding, nn.Embedding)}
+    kind = fact.get("kind", "linear")
+    if kind not in kinds or not isinstance(dense, kinds[kind][1]):
+        raise StageError(f"{folder}: {name} is called a {kind}, the model's is a {type(dense).__name__}")
 
     shape, spec, state = tuple(fact["shape"]), fact["scheme"], fact["state"]
     if state not in (QUANTIZED, SNAPPED):
         raise StageError(f"{folder}: {name} has the unknown state {state!r}")
-    wanted: dict[str, tuple[int, ...]] = {
-        "indices": (packed_size(shape[0] * shape[1], spec["bits"]),),
-        **make_scheme(spec).part_shapes(shape, snapped=state == SNAPPED),
-    }
+    scheme = make_scheme(spec)
+    wanted: dict[str, tuple[int, ...]] = {"indices": shape, **scheme.part_shapes(shape, snapped=state == SNAPPED)}
+    packed = {part: wanted[part] for part in scheme.integers}
+    wanted |= {part: (packed_size(math.prod(size), spec["bits"]),) for part, size in packed.items()}
     adapter = fact["adapter"]
     if adapter is not None:
         wanted["lora_A"], wanted["lora_B"] = (adapter["rank"], shape[1]), (shape[0], adapter["rank"])
@@ -246,14 +263,14 @@ def _read_quantized(
         if tuple(tensor.shape) != tuple(part_shape):
             raise StageError(f"{folder}: {name}.{part} is {list(tensor.shape)}, its scheme needs {list(part_shape)}")
         tensors[part] = tensor
-    try:
-        tensors["indices"] = unpack(tensors["indices"], spec["bits"], shape)
-    except ValueError as error:
-        raise StageError(f"{folder}: {name}.indices: {error}") from None
+    for part, size in packed.items():
+        try:
+            tensors[part] = unpack(tensors[part], spec["bits"], size)
+        except ValueError as error:
+            raise StageError(f"{folder}: {name}.{part}: {error}") from None
     latent = tensors.pop("latent", None)
     lora = tensors.pop("lora_A", None), tensors.pop("lora_B", None)
-    bias = file.get_tensor(f"{name}.bias") if f"{name}.bias" in names else None
-    module = QuantLinear(spec, tensors, bias, latent, state)
+    module = kinds[kind][0].in_place_of(dense, spec, tensors, latent, state)
     module.straight_through_fp16 = fact["fp16"]
     if adapter is not None:
         module.set_adapter(*lora, adapter["alpha"])

@@ -135,7 +135,7 @@ def read_view(folder: Path) -> ModelView:
 def _quantized_view(name: str, fact: Mapping[str, Any], latent: bool) -> ModuleView:
     rows, columns = fact["shape"]
     adapter = (fact["adapter"] or {"rank": 0})["rank"]
-    return ModuleView(name, (rows, columns), "linear", fact["state"], fact["scheme"], adapter, latent)
+    return ModuleView(name, (rows, columns), fact.get("kind", "linear"), fact["state"], fact["scheme"], adapter, latent)
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

@@ -1,4 +1,9 @@
-"""Bits per weight of a model view, every overhead included. No torch."""
+"""Bits per weight of a model view, every overhead included. No torch.
+
+Two figures: `bpw` is over the quantized linears, an untied head among them, so that recipes compare whatever they do to
+the embedding; `bpw_model` is over every parameter, a quantized embedding (and with it a tied head, counted once) at its
+own bits.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +27,8 @@ def module_bits(module: ModuleView) -> int:
 
 
 def bpw(view: ModelView) -> float:
-    """Bits per weight over the quantized linears; 16 for a model that has none."""
-    quantized = [module for module in view.modules.values() if module.state != DENSE]
+    """Bits per weight over the quantized linears, embeddings left out; 16 for a model that has none."""
+    quantized = [module for module in view.modules.values() if module.state != DENSE and module.kind == "linear"]
     weights = sum(module.shape[0] * module.shape[1] for module in quantized)
     return sum(map(module_bits, quantized)) / weights if weights else float(FLOAT_BITS)
 
@@ -49,9 +54,14 @@ def disk_bytes(view: ModelView) -> int:
         if module.state == DENSE:
             continue
         spec = module.scheme or {}
-        shapes = make_scheme(spec).part_shapes(module.shape, snapped=module.state == SNAPPED)
+        scheme = make_scheme(spec)
         dense -= rows * columns
         total += packed_size(rows * columns, spec["bits"])
-        total += (2 if module.state == SNAPPED else 4) * sum(math.prod(shape) for shape in shapes.values())
+        for part, shape in scheme.part_shapes(module.shape, snapped=module.state == SNAPPED).items():
+            size = math.prod(shape)
+            if part in scheme.integers:
+                total += packed_size(size, spec["bits"])
+            else:
+                total += (2 if module.state == SNAPPED else 4) * size
         total += 4 * rows * columns * module.latent
     return total + wide * dense

@@ -2,36 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Self
 
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from a1q.errors import StageError
-from a1q.models.view import QUANTIZED, SNAPPED
-from a1q.quant.build import complete, make_scheme
-from a1q.quant.scheme import Scheme
+from a1q.models.view import QUANTIZED
+from a1q.quant.module import FORMS, QuantModule, quantized_modules
+from a1q.quant.tied import swap_module
 
-FORMS = ("dense", "factored", "batched")
-SETS = ("weights", "scales", "magnitudes", "lut")
+__all__ = ["FORMS", "QuantLinear", "quantized_modules", "swap_module"]
 
 
-class QuantLinear(nn.Linear):
-    """y = x Ŵᵀ + bias, plus an optional adapter (alpha / rank) · B (A x).
+class QuantLinear(QuantModule, nn.Linear):  # type: ignore[override]
+    """y = x Ŵᵀ + bias, plus an optional adapter (alpha / rank) · B (A x)."""
 
-    Parts of the scheme are parameters of this module under their own names (fp32; fp16 and frozen once snapped), but
-    for `indices`, a uint8 buffer [out, in]. While `latent` [out, in] is there, it decides the indices: every forward
-    pass, `parts()` and `snap()` derive them anew. `weight` reads the quantized weight; a write to its data is lost.
-    """
-
-    scheme: Scheme
-    spec: dict[str, Any]
-    indices: Tensor
-    latent: nn.Parameter | None
-    lora_A: nn.Parameter | None
-    lora_B: nn.Parameter | None
+    kind = "linear"
 
     def __init__(
         self,
@@ -41,202 +28,27 @@ class QuantLinear(nn.Linear):
         latent: Tensor | None = None,
         state: str = QUANTIZED,
     ):
-        """Take tensors as they are: `parts` as `Scheme.fit` or `Scheme.snap` gives them, `latent` fp32 [out, in]."""
-        nn.Module.__init__(self)
-        self.spec = complete(spec)
-        self.scheme = make_scheme(self.spec)
-        self.out_features, self.in_features = parts["indices"].shape
-        self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach()))
-        self.register_buffer("indices", parts["indices"])
-        self.part_names: tuple[str, ...] = ()
-        self._set_parts(parts, state)
-        self.register_parameter("latent", None)
-        if latent is not None:
-            self.start_latent(latent)
-        self.register_parameter("lora_A", None)
-        self.register_parameter("lora_B", None)
-        self.adapter_alpha = 0.0
-        self.form = "dense"
-        self.straight_through_fp16 = False
+        """As `QuantModule`."""
+        super().__init__(spec, parts, bias, latent, state)
+        self.out_features, self.in_features = self.shape
 
     @classmethod
-    def quantize(
+    def in_place_of(
         cls,
-        module: nn.Linear,
+        dense: nn.Module,
         spec: Mapping[str, Any],
-        statistics: Tensor | None = None,
-        seed: int = 0,
-        keep_latent: bool = True,
-    ) -> QuantLinear:
-        """Fit the scheme to a dense linear; `statistics` is E[x²] [in].
+        parts: Mapping[str, Tensor],
+        latent: Tensor | None = None,
+        state: str = QUANTIZED,
+    ) -> Self:
+        assert isinstance(dense, nn.Linear)
+        return cls(spec, parts, dense.bias, latent, state)
 
-        Raises:
-            StageError: if the weight is not finite.
-        """
-        weight = module.weight.detach().float()
-        if not bool(torch.isfinite(weight).all()):
-            raise StageError("the weight holds values that are not finite")
-        parts = fit_parts(make_scheme(spec), weight, statistics, seed)
-        return cls(spec, parts, module.bias, weight.clone() if keep_latent else None)
-
-    # -- what the module is ----------------------------------------------------------------------------------
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in)"""
-        return self.out_features, self.in_features
-
-    @property
-    def weight(self) -> Tensor:  # type: ignore[override]
-        """Ŵ [out, in] fp32 as the dense form uses it, differentiable; without the adapter."""
-        if self.state == SNAPPED:
-            return self.dequantize()
-        return self.scheme.weight(self._stored(), self.latent, self.straight_through_fp16)
-
-    def parts(self) -> dict[str, Tensor]:
-        """Name -> tensor, `indices` first: those of `latent` where there is one. Parameters are not copied."""
-        stored = self._stored()
-        if self.latent is not None:
-            with torch.no_grad():
-                grid = self.scheme.rounded(stored) if self.straight_through_fp16 else stored
-                self.indices.copy_(self.scheme.assign(grid, self.latent))
-        return stored
-
-    def dequantize(self) -> Tensor:
-        """Ŵ [out, in] fp32, detached: what the parts say, whatever `straight_through_fp16`."""
-        with torch.no_grad():
-            return self.scheme.dequantize(self.parts())
-
-    @property
-    def adapter(self) -> dict[str, Any] | None:
-        """`{"rank": r, "alpha": alpha}` of the unmerged adapter, or None."""
-        return None if self.lora_A is None else {"rank": self.lora_A.shape[0], "alpha": self.adapter_alpha}
-
-    def trainable(self, set_name: str) -> list[nn.Parameter]:
-        """The parameters of one set; empty where the scheme has none of them, or no latent was started.
-
-        Raises:
-            StageError: if the module is snapped, or the set is unknown to this scheme and to a1q.
-        """
-        if self.state == SNAPPED:
-            raise StageError("a snapped module does not train")
-        if set_name == "weights":
-            return [] if self.latent is None else [self.latent]
-        if set_name not in SETS and set_name not in self.scheme.trainable:
-            raise StageError(f"no trainable set {set_name!r}; there are {', '.join(SETS)}")
-        return [getattr(self, name) for name in self.scheme.trainable.get(set_name, ())]
-
-    # -- changing it -----------------------------------------------------------------------------------------
-    def start_latent(self, weight: Tensor | None = None) -> None:
-        """Let weights train, from `weight` [out, in] or else from the grid as it stands."""
-        start = self.dequantize() if weight is None else weight.detach().to(self.indices.device, torch.float32)
-        self.latent = nn.Parameter(start)
-
-    def drop_latent(self) -> None:
-        """Fix the indices as the latent has them, and forget it."""
-        self.parts()
-        self.latent = None
-
-    def set_adapter(self, lora_a: Tensor, lora_b: Tensor, alpha: float) -> None:
-        """Put an adapter A [rank, in], B [out, rank] in place."""
-        if lora_a.shape[1] != self.in_features or lora_b.shape != (self.out_features, lora_a.shape[0]):
-            raise ValueError(f"adapter {tuple(lora_a.shape)}, {tuple(lora_b.shape)} does not fit {self.shape}")
-        self.lora_A, self.lora_B = nn.Parameter(lora_a.detach()), nn.Parameter(lora_b.detach())
-        self.adapter_alpha = float(alpha)
-
-    def drop_adapter(self) -> None:
-        """Remove the adapter."""
-        self.lora_A = self.lora_B = None
-        self.adapter_alpha = 0.0
-
-    def adapter_delta(self) -> Tensor:
-        """(alpha / rank) B A [out, in] fp32; zeros without an adapter."""
-        if self.lora_A is None or self.lora_B is None:
-            return torch.zeros(self.shape, device=self.indices.device)
-        return (self.adapter_alpha / len(self.lora_A)) * (self.lora_B.float() @ self.lora_A.float()).detach()
-
-    def refit(self, spec: Mapping[str, Any], target: Tensor, statistics: Tensor | None = None, seed: int = 0) -> None:
-        """Fit a scheme, this one or another, to `target` [out, in]; a latent moves to `target`."""
-        target = target.detach().float()
-        self.set_scheme(spec, fit_parts(make_scheme(spec), target, statistics, seed), target)
-
-    def set_scheme(self, spec: Mapping[str, Any], parts: Mapping[str, Tensor], latent: Tensor) -> None:
-        """Put a scheme, this one or another, and its parts in place; a latent, where kept, becomes `latent`."""
-        self.spec = complete(spec)
-        self.scheme = make_scheme(self.spec)
-        self.replace_parts(parts, latent)
-
-    def replace_parts(self, parts: Mapping[str, Tensor], latent: Tensor | None = None) -> None:
-        """Put other parts of the present scheme in place; a latent, where kept, becomes `latent` or else the grid."""
-        self.indices = parts["indices"].to(self.indices.device)
-        self._set_parts(parts, QUANTIZED)
-        if self.latent is not None:
-            self.latent = None
-            self.start_latent(latent)
-
-    def snap(self) -> None:
-        """Round every part and the adapter to fp16, on the CPU; the latent is dropped.
-
-        Indices stay those that the last forward pass would use.
-        """
-        self.drop_latent()
-        snapped = self.scheme.snap(self._stored())
-        device = self.indices.device
-        self.indices = snapped["indices"].to(device)
-        self._set_parts(snapped, SNAPPED)
-        if self.lora_A is not None and self.lora_B is not None:
-            from a1q.quant.grid import to_fp16
-
-            self.lora_A, self.lora_B = (
-                nn.Parameter(to_fp16(part).to(device), requires_grad=False) for part in (self.lora_A, self.lora_B)
-            )
-
-    # -- computing -------------------------------------------------------------------------------------------
     def forward(self, input: Tensor) -> Tensor:
-        if self.form == "dense":
-            y = linear(input, self.weight.to(input.dtype))
-        else:
-            y = self.scheme.apply(self.parts(), input, self.form)
+        y = self.project(input)
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)
         if self.lora_A is not None and self.lora_B is not None:
             low = linear(input, self.lora_A.to(input.dtype))
             y = y + (self.adapter_alpha / len(self.lora_A)) * linear(low, self.lora_B.to(input.dtype))
         return y
-
-    def extra_repr(self) -> str:
-        options = ", ".join(f"{key}={value}" for key, value in self.spec.items())
-        return f"in_features={self.in_features}, out_features={self.out_features}, {self.state}, {options}"
-
-    def _stored(self) -> dict[str, Tensor]:
-        return {"indices": self.indices, **{name: getattr(self, name) for name in self.part_names}}
-
-    def _set_parts(self, parts: Mapping[str, Tensor], state: str) -> None:
-        for name in self.part_names:
-            delattr(self, name)
-        self.part_names = tuple(name for name in parts if name != "indices")
-        self.state = state
-        training = {name for names in self.scheme.trainable.values() for name in names if state == QUANTIZED}
-        for name in self.part_names:
-            part = parts[name].detach().to(self.indices.device)
-            self.register_parameter(name, nn.Parameter(part, requires_grad=name in training))
-
-
-def fit_parts(scheme: Scheme, weight: Tensor, statistics: Tensor | None, seed: int) -> dict[str, Tensor]:
-    """`Scheme.fit` where the weight is, but for Metal, which has no float64."""
-    place = "cpu" if weight.device.type == "mps" else weight.device
-    statistics = None if statistics is None else statistics.to(place)
-    parts = scheme.fit(weight.to(place), statistics, seed)
-    return {name: part.to(weight.device) for name, part in parts.items()}
-
-
-def quantized_modules(model: nn.Module) -> Iterator[tuple[str, QuantLinear]]:
-    """(name, module) of every quantized linear of `model`, in model order."""
-    for name, module in model.named_modules():
-        if isinstance(module, QuantLinear):
-            yield name, module
-
-
-def swap_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` in the place called `name`."""
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)

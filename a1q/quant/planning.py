@@ -25,13 +25,9 @@ def planned_modules(
         wanted: module, its new scheme mapping, and whether a latent stays with it.
     """
     planned: dict[str, ModuleView] = {}
-    embeddings: list[str] = []
     refused: dict[str, list[str]] = {}
     wrong: set[str] = set()
     for module, mapping, latent in wanted:
-        if module.kind != "linear":
-            embeddings.append(module.name)
-            continue
         try:
             spec = complete(mapping)
             refusals = make_scheme(spec).check(module.shape)
@@ -40,12 +36,9 @@ def planned_modules(
             continue
         for refusal in refusals:
             refused.setdefault(refusal, []).append(module.name)
-        planned[module.name] = ModuleView(module.name, module.shape, "linear", QUANTIZED, spec, 0, latent)
+        planned[module.name] = ModuleView(module.name, module.shape, module.kind, QUANTIZED, spec, 0, latent)
     for message in sorted(wrong):
         ctx.recipe_problem(path, message)
-    if embeddings:
-        message = f"{', '.join(embeddings)}: an embedding, and embeddings are not quantizable yet"
-        ctx.mismatch(path, message, "narrow the group's pattern to linear layers")
     for refusal, names in refused.items():
         ctx.mismatch(path, refusal, f"in {', '.join(summarize(names))}")
     return planned
@@ -53,14 +46,7 @@ def planned_modules(
 
 def describe(spec: Mapping[str, Any]) -> str:
     """`lut_lowrank 4 bit rank 1`: the scheme and what its size depends on."""
-    words = [str(spec["scheme"]), f"{spec['bits']} bit"]
-    if "rank" in spec:
-        words.append(f"rank {spec['rank']}")
-    if spec.get("granularity") == "group":
-        words.append(f"a table per {spec['channels']} channels")
-    elif "granularity" in spec:
-        words.append(f"a table per {spec['granularity']}")
-    return " ".join(words)
+    return " ".join([str(spec["scheme"]), f"{spec['bits']} bit", make_scheme(spec).details]).rstrip()
 
 
 def notes(view: ModelView, changed: Mapping[str, ModuleView], owners: Mapping[str, str]) -> tuple[str, ...]:

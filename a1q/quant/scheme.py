@@ -45,19 +45,26 @@ class Scheme(ABC):
     """A way to say a weight [out, in] with few bits.
 
     A weight is described by *parts*: named tensors, among them `indices` (uint8 [out, in], values < 2**bits).
-    Everything but `indices` may train. torch is imported only inside methods.
+    Everything but `indices` and other `integers` may train. torch is imported only inside methods.
     """
 
     version: ClassVar[int] = 1
     Config: ClassVar[type]
     schema: ClassVar[Mapping[str, Any] | None] = None
     """Inline schema, for plug-ins outside this package only."""
+    integers: tuple[str, ...] = ("indices",)
+    """Parts that are uint8 below 2**bits, stored packed; all others are floating point."""
     trainable: Mapping[str, tuple[str, ...]]
     """Set name (`scales`, `magnitudes`, `lut`) -> the parts it trains; set by `__init__`, as it may hang on the config.
     `weights` is always the latent weight."""
 
     def __init__(self, config: Any):
         self.config = config
+
+    @property
+    def details(self) -> str:
+        """What the size depends on beside the bits, in a few words for plans: `rank 2`, `a scale per channel`."""
+        return ""
 
     @property
     def hardware(self) -> str:
@@ -71,7 +78,7 @@ class Scheme(ABC):
 
     @abstractmethod
     def bits(self, shape: Shape) -> int:
-        """Bits of storage after snap: indices, LUTs and every scale in fp16."""
+        """Bits of storage after snap: `integers` in their own width, LUTs and every scale in fp16."""
 
     @abstractmethod
     def part_shapes(self, shape: Shape, snapped: bool = False) -> dict[str, tuple[int, ...]]:
@@ -103,6 +110,15 @@ class Scheme(ABC):
     def snap(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The parts as stored for good: fp16, rounded on the CPU (fp16 rounding differs between devices)."""
 
+    def select_rows(self, parts: Mapping[str, Tensor], rows: Tensor) -> dict[str, Tensor] | None:
+        """Parts of the weight that has only `rows` (int64 [n]) of this one, differentiable by `parts`.
+
+        `weight` and `dequantize` make of them what they make of the whole weight's rows, up to the rounding of a
+        matrix product. None, the default, where a scheme can't say rows by themselves: look-ups then make the
+        whole weight.
+        """
+        return None
+
     def hardware_form(self, parts: Mapping[str, Tensor]) -> Palettized | Blockwise:
         """Snapped parts in the form that exporters for hardware store, exactly the weight that `dequantize` gives.
 
@@ -115,7 +131,7 @@ class Scheme(ABC):
         """The parts as `weight` sees them with `fp16`, in their own types; here every part rounded by itself."""
         from a1q.quant.grid import round_fp16
 
-        return {name: part if name == "indices" else round_fp16(part) for name, part in parts.items()}
+        return {name: part if name in self.integers else round_fp16(part) for name, part in parts.items()}
 
     def apply(self, parts: Mapping[str, Tensor], x: Tensor, form: str) -> Tensor:
         """x [..., in] times the transposed weight, [..., out], without a bias: one function in several forms.

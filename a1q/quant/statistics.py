@@ -1,4 +1,8 @@
-"""E[x²] per input channel of every linear: measured, and kept in `statistics.safetensors` (name -> float32 [in])."""
+"""E[x²] per input channel: measured, and kept in `statistics.safetensors` (name -> float32 [in]).
+
+Of every linear. The inputs of a tied head stand under the name of the embedding, whose weight they multiply; a look-up
+alone has no inputs to measure, so an embedding without a tied head has no entry.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from a1q.engine.artifact import Artifact
 from a1q.errors import StageError
+from a1q.models.view import ModelView
 
 if TYPE_CHECKING:
     from numpy import ndarray
@@ -19,7 +24,7 @@ FILE = "statistics.safetensors"
 def collect_statistics(
     model: nn.Module, tokens: ndarray, *, batch_size: int, progress: Callable[[int, int], None]
 ) -> dict[str, Tensor]:
-    """E[x²] over all positions of `tokens` (integers [n, L]) for every linear, float64 [in]; a tied head is left out.
+    """E[x²] over all positions of `tokens` (integers [n, L]), float64 [in], by the name of the weight it multiplies.
 
     Sums are kept in float64, so they do not depend on the batch size beyond the model's own rounding.
 
@@ -29,24 +34,30 @@ def collect_statistics(
     import torch
     from torch import nn
 
+    from a1q.quant.tied import TiedHead
+
     device = next(model.parameters()).device
     exact = torch.device("cpu") if device.type == "mps" else device  # Metal has no float64
-    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    embeddings: dict[int, str] = {}
     sums: dict[str, Tensor] = {}
     hooks = []
 
-    def listen(name: str, module: nn.Linear) -> None:
-        sums[name] = torch.zeros(module.in_features, dtype=torch.float64, device=exact)
+    def listen(name: str, module: nn.Module, columns: int) -> None:
+        sums[name] = torch.zeros(columns, dtype=torch.float64, device=exact)
 
         def add(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-            x = inputs[0].detach().reshape(-1, module.in_features).to(exact, torch.float64)
+            x = inputs[0].detach().reshape(-1, columns).to(exact, torch.float64)
             sums[name] += x.square().sum(0)
 
         hooks.append(module.register_forward_pre_hook(add))
 
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and id(module._parameters.get("weight")) not in embeddings:
-            listen(name, module)
+        if isinstance(module, nn.Embedding):
+            embeddings[id(module._parameters.get("weight", module))] = name
+        elif isinstance(module, nn.Linear):
+            listen(embeddings.get(id(module._parameters.get("weight")), name), module, module.in_features)
+        elif isinstance(module, TiedHead):
+            listen(embeddings[id(module.source)], module, module.source.shape[1])
     try:
         with torch.inference_mode():
             for first in range(0, len(tokens), batch_size):
@@ -68,6 +79,13 @@ def write_statistics(folder: Path, values: Mapping[str, Tensor]) -> None:
     from safetensors.torch import save_file
 
     save_file({name: value.to("cpu", torch.float32).contiguous() for name, value in values.items()}, folder / FILE)
+
+
+def measured_modules(view: ModelView, names: Iterable[str]) -> list[str]:
+    """Those of `names` that `collect_statistics` measures: linears, and the embedding that is also the head."""
+    vocabulary = view.config.get("vocab_size") if view.tied else None
+    modules = [view.modules[name] for name in names]
+    return [item.name for item in modules if item.kind == "linear" or item.shape[0] == vocabulary]
 
 
 def read_statistics(artifact: Artifact | None, modules: Iterable[str]) -> dict[str, Tensor]:

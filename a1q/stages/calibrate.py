@@ -1,4 +1,4 @@
-"""`calibrate`: E[x²] per input channel of every linear layer."""
+"""`calibrate`: E[x²] per input channel of every linear layer, a tied head included."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from a1q.engine.stage import Outcome, PlanContext, Stage, StageContext
 from a1q.models.view import ModelView
+from a1q.quant.statistics import measured_modules
 
 
 @dataclass(frozen=True)
@@ -21,21 +22,22 @@ class CalibrateConfig:
 class CalibrateStage(Stage):
     """Run the model over text and keep the mean square of what every linear layer sees."""
 
+    version = 2
     Config = CalibrateConfig
 
     def plan(self, ctx: PlanContext) -> Outcome:
         """Predict the sizes."""
         view: ModelView = ctx.views["model"]
-        linears = [module for module in view.modules.values() if module.kind == "linear"]
+        measured = [view.modules[name] for name in measured_modules(view, view.modules)]
         tokens = ctx.config.sequences * ctx.data[ctx.config.data].config["seq_len"]
         batch_tokens = ctx.config.batch * ctx.data[ctx.config.data].config["seq_len"]
-        widest = max((max(module.shape) for module in linears), default=0)
+        widest = max((max(module.shape) for module in measured), default=0)
         logits = 4 * batch_tokens * view.config.get("vocab_size", 0)
         return Outcome(
-            view={"modules": [module.name for module in linears]},
-            disk_bytes=4 * sum(module.shape[1] for module in linears),
+            view={"modules": [module.name for module in measured]},
+            disk_bytes=4 * sum(module.shape[1] for module in measured),
             memory_bytes=4 * view.parameters + 16 * batch_tokens * widest + logits,
-            notes=(f"{len(linears)} linears over {tokens:,} tokens",),
+            notes=(f"{len(measured)} modules over {tokens:,} tokens",),
         )
 
     def run(self, ctx: StageContext) -> None:

@@ -1,4 +1,4 @@
-"""`convert`: quantized linears get other bits, ranks or another scheme, fitted anew."""
+"""`convert`: quantized linears and embeddings get other bits, ranks or another scheme, fitted anew."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from a1q.quant.planning import fit_memory, notes, planned_modules
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from a1q.quant.linear import QuantLinear
+    from a1q.quant.module import QuantModule
 
 PUBLISHED = "lut_lowrank"
 """The scheme that `method: published` is for."""
@@ -60,9 +60,9 @@ class ConvertStage(Stage):
         """Fit module by module, measure before and after, write the model."""
         from a1q.models.checkpoint import load_model, save_model
         from a1q.models.view import read_view
-        from a1q.quant.linear import quantized_modules
         from a1q.quant.measure import error_by_group, relative_error, report_bits
-        from a1q.quant.statistics import read_statistics
+        from a1q.quant.module import quantized_modules
+        from a1q.quant.statistics import measured_modules, read_statistics
         from a1q.training.device import prepare_torch
 
         source = ctx.inputs["model"]
@@ -72,7 +72,7 @@ class ConvertStage(Stage):
         plan = PlanContext(ctx.id, ctx.config, {"model": view}, ctx.groups, ctx.data, lambda *_: None)
         owners = resolve_rules(plan, ctx.config.rules, "rules", view)
         changed = _planned(plan, view, owners)
-        statistics = read_statistics(ctx.inputs["statistics"], changed)
+        statistics = read_statistics(ctx.inputs["statistics"], measured_modules(view, changed))
         model = load_model(source.path, device=device)
         modules = dict(quantized_modules(model))
         measure = _kl_meter(ctx, device)
@@ -135,13 +135,13 @@ def _publishable(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
     return both and new["bits"] <= old["bits"] and new["rank"] >= old["rank"]
 
 
-def _target(module: QuantLinear, wanted: str) -> Tensor:
+def _target(module: QuantModule, wanted: str) -> Tensor:
     """What is fitted, [out, in]: the latent where wanted and there, else the quantized weight; plus the adapter."""
     base = module.latent.detach() if wanted == "latent" and module.latent is not None else module.dequantize()
     return base + module.adapter_delta()
 
 
-def _refit_published(module: QuantLinear, spec: Mapping[str, Any], target: Tensor, seed: int) -> None:
+def _refit_published(module: QuantModule, spec: Mapping[str, Any], target: Tensor, seed: int) -> None:
     from a1q.quant.build import make_scheme
     from a1q.quant.published import convert_published
 

@@ -24,7 +24,7 @@ from a1q.training.planning import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from a1q.quant.linear import QuantLinear
+    from a1q.quant.module import QuantModule
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,14 @@ class LoraRecoverStage(Stage):
         config, view = ctx.config, ctx.views["model"]
         if view is None:
             return Outcome()
-        targets = quantized_targets(ctx, view, config.groups)
+        found = quantized_targets(ctx, view, config.groups)
+        targets = {name: module for name, module in found.items() if module.kind == "linear"}
+        embeddings = [name for name in found if name not in targets]
+        if config.groups is not None and embeddings:
+            message = f"{', '.join(embeddings)}: an embedding, and adapters are for linears"
+            ctx.mismatch("groups", message, "`train` takes embeddings; narrow the groups here to linears")
+        elif embeddings and not targets:
+            ctx.mismatch("", "only embeddings are quantized here, and adapters are for linears", "quantize linears too")
         check_teacher(ctx, config.objective, view)
         if not targets:
             return Outcome(view=view)
@@ -87,7 +94,12 @@ class LoraRecoverStage(Stage):
             view=view,
             disk_bytes=disk_bytes(view) + kept,
             memory_bytes=memory,
-            notes=(f"rank {config.rank} on {len(targets)} modules", *listed(targets), checkpoint_note(adapters)),
+            notes=(
+                f"rank {config.rank} on {len(targets)} modules",
+                *listed(targets),
+                *(f"  {name} gets none: it is an embedding" for name in embeddings),
+                checkpoint_note(adapters),
+            ),
         )
 
     def run(self, ctx: StageContext) -> None:
@@ -98,7 +110,7 @@ class LoraRecoverStage(Stage):
         """
         from a1q.distill.cache import TeacherCache
         from a1q.models.checkpoint import load_model, save_model
-        from a1q.quant.linear import quantized_modules
+        from a1q.quant.module import quantized_modules
         from a1q.training.adapters import save_peft_adapter
         from a1q.training.device import prepare_torch
         from a1q.training.parameters import select_modules, set_aside_latents
@@ -108,7 +120,8 @@ class LoraRecoverStage(Stage):
         device = prepare_torch(ctx.runtime, ctx.seed)
         model = load_model(source.path, device=device)
         modules = dict(quantized_modules(model))
-        chosen = select_modules(modules, ctx.groups, config.groups)
+        selected = select_modules(modules, ctx.groups, config.groups)
+        chosen = {name: module for name, module in selected.items() if module.kind == "linear"}
         for module in modules.values():
             module.straight_through_fp16 = config.straight_through_fp16
         latents = set_aside_latents(modules)
@@ -140,7 +153,7 @@ class LoraRecoverStage(Stage):
 
 
 def _train_adapters(
-    ctx: StageContext, objective: Distillation, chosen: Mapping[str, QuantLinear], identity: Mapping[str, Any]
+    ctx: StageContext, objective: Distillation, chosen: Mapping[str, QuantModule], identity: Mapping[str, Any]
 ) -> None:
     """Train adapters with PEFT and leave them in the modules' own slots."""
     import torch
@@ -178,12 +191,12 @@ def _train_adapters(
 def _refit(
     ctx: StageContext,
     objective: Distillation,
-    chosen: Mapping[str, QuantLinear],
+    chosen: Mapping[str, QuantModule],
     latents: Mapping[str, Tensor],
     identity: Mapping[str, Any],
 ) -> bool:
     """Merge the adapters into the modules by a new fit and train scales and tables; return whether it helped."""
-    from a1q.quant.linear import fit_parts
+    from a1q.quant.module import fit_parts
     from a1q.training.loop import LoopSpec, run_loop
     from a1q.training.parameters import parameter_groups
 

@@ -1,4 +1,4 @@
-"""`quantize`: dense linears become quantized ones, a scheme per rule."""
+"""`quantize`: dense linears and embeddings become quantized ones, a scheme per rule."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class QuantizeStage(Stage):
     Config = QuantizeConfig
 
     def plan(self, ctx: PlanContext) -> Outcome:
-        """Resolve the rules; quantized modules, embeddings and shapes a scheme can't take are problems."""
+        """Resolve the rules; quantized modules and shapes a scheme can't take are problems."""
         view: ModelView = ctx.views["model"]
         owners = resolve_rules(ctx, ctx.config.rules, "rules", view)
         changed = _planned(ctx, view, owners)
@@ -44,13 +44,15 @@ class QuantizeStage(Stage):
 
     def run(self, ctx: StageContext) -> None:
         """Fit module by module and write the model."""
-        from torch.nn import Linear
+        from torch.nn import Embedding
 
         from a1q.models.checkpoint import load_model, save_model
         from a1q.models.view import read_view
-        from a1q.quant.linear import QuantLinear, swap_module
+        from a1q.quant.embedding import QuantEmbedding
+        from a1q.quant.linear import QuantLinear
         from a1q.quant.measure import error_by_group, relative_error, report_bits
-        from a1q.quant.statistics import read_statistics
+        from a1q.quant.statistics import measured_modules, read_statistics
+        from a1q.quant.tied import swap_module
         from a1q.training.device import prepare_torch
 
         source = ctx.inputs["model"]
@@ -60,14 +62,15 @@ class QuantizeStage(Stage):
         plan = PlanContext(ctx.id, ctx.config, {"model": view}, ctx.groups, ctx.data, lambda *_: None)
         owners = resolve_rules(plan, ctx.config.rules, "rules", view)
         changed = _planned(plan, view, owners)
-        statistics = read_statistics(ctx.inputs["statistics"], changed)
+        statistics = read_statistics(ctx.inputs["statistics"], measured_modules(view, changed))
         model = load_model(source.path, device=device)
         errors = []
         for step, (name, planned) in enumerate(changed.items(), 1):
             dense = model.get_submodule(name)
-            assert isinstance(dense, Linear) and planned.scheme is not None
+            assert planned.scheme is not None
             h = statistics.get(name)
-            module = QuantLinear.quantize(dense, planned.scheme, h, ctx.seed, keep_latent=planned.latent)
+            cls = QuantEmbedding if isinstance(dense, Embedding) else QuantLinear
+            module = cls.quantize(dense, planned.scheme, h, ctx.seed, keep_latent=planned.latent)
             errors.append((owners.get(name, "rest"), *relative_error(dense.weight.detach(), module.dequantize(), h)))
             swap_module(model, name, module)
             ctx.progress(step, len(changed))

@@ -59,8 +59,8 @@ class SnapStage(Stage):
 
         from a1q.models.checkpoint import load_model, save_model
         from a1q.quant.grid import to_fp16
-        from a1q.quant.linear import quantized_modules
         from a1q.quant.measure import relative_error, report_bits
+        from a1q.quant.module import quantized_modules
         from a1q.training.device import prepare_torch
 
         source = ctx.inputs["model"]

@@ -102,7 +102,7 @@ class TrainStage(Stage):
         """
         from a1q.distill.cache import TeacherCache
         from a1q.models.checkpoint import load_model, save_model
-        from a1q.quant.linear import quantized_modules
+        from a1q.quant.module import quantized_modules
         from a1q.training.device import prepare_torch
         from a1q.training.loop import LoopSpec, run_loop
         from a1q.training.parameters import parameter_groups, select_modules, set_aside_latents

@@ -45,7 +45,7 @@ def save_peft_adapter(model: nn.Module, folder: Path) -> None:
     """
     from safetensors.torch import save_file
 
-    from a1q.quant.linear import quantized_modules
+    from a1q.quant.module import quantized_modules
 
     tensors: dict[str, Tensor] = {}
     sizes: dict[str, tuple[int, float]] = {}

@@ -13,15 +13,15 @@ from a1q.models.view import QUANTIZED
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from a1q.quant.linear import QuantLinear
+    from a1q.quant.module import QuantModule
 
 NORMS = "norms"
 """The one set outside the quantized modules: the model's normalization gains. It costs no bits."""
 
 
 def select_modules(
-    modules: Mapping[str, QuantLinear], groups: Mapping[str, Group], names: Iterable[str] | None
-) -> dict[str, QuantLinear]:
+    modules: Mapping[str, QuantModule], groups: Mapping[str, Group], names: Iterable[str] | None
+) -> dict[str, QuantModule]:
     """Those of `modules` that still train and that the named groups match (all for None), in model order."""
     modules = {name: module for name, module in modules.items() if module.state == QUANTIZED}
     if names is None:
@@ -31,7 +31,7 @@ def select_modules(
 
 
 def parameter_groups(
-    model: nn.Module, modules: Iterable[QuantLinear], sets: Iterable[str], rates: Mapping[str, float]
+    model: nn.Module, modules: Iterable[QuantModule], sets: Iterable[str], rates: Mapping[str, float]
 ) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
     """Freeze `model` but for the named sets of `modules`.
 
@@ -62,7 +62,7 @@ def parameter_groups(
     return groups, state
 
 
-def set_aside_latents(modules: Mapping[str, QuantLinear]) -> dict[str, Tensor]:
+def set_aside_latents(modules: Mapping[str, QuantModule]) -> dict[str, Tensor]:
     """Fix the indices of modules whose weights don't train now, and return their latents [out, in] by name.
 
     Indices are those the latents mean as the module stands, so its function does not change; `start_latent` puts a

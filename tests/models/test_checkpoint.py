@@ -133,7 +133,7 @@ def damaged(folder: Path, change: Any) -> Path:
         (lambda t, h: h.pop("modules"), "header is damaged"),
         (lambda t, h: h["modules"][Q].update(state="melted"), "unknown state 'melted'"),
         (lambda t, h: h["modules"][Q]["scheme"].update(scheme="lut_lowrnk"), "did you mean 'lut_lowrank'"),
-        (lambda t, h: h["modules"].update({"model.nowhere": h["modules"].pop(DOWN)}), "lacks model.nowhere"),
+        (lambda t, h: h["modules"].update({"model.nowhere": h["modules"].pop(DOWN)}), "has no module model.nowhere"),
     ],
 )
 def test_differences_are_named(tmp_path: Path, change: Any, message: str) -> None:

@@ -47,7 +47,7 @@ def test_against_the_mean_square_in_float64() -> None:
     for name, (inputs,) in seen.items():
         expected = inputs.reshape(-1, inputs.shape[-1]).square().mean(0)
         torch.testing.assert_close(found[name], expected, rtol=1e-9, atol=1e-15)
-    assert len(found) == 14  # the tied head is the embedding
+    assert len(found) == 15  # the tied head stands under the embedding's name
 
 
 def test_hooks_are_gone_and_bad_activations_are_named() -> None:
@@ -78,7 +78,25 @@ def test_a_quantized_model_calibrates_too(tmp_path: Path, source: Artifact, text
     quantized, _ = run("quantize", tmp_path, {"model": source}, {"rules": {"mlp": MLP4}})
     made, _ = run("calibrate", tmp_path, {"model": quantized}, {"data": "text", "sequences": 2}, text)
     names = [name for name, module in load_model(source.path).named_modules() if "proj" in name]
-    assert set(read_statistics(made, names)) == set(names)
+    assert set(read_statistics(made, names)) == {*names, "model.embed_tokens"}
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_the_inputs_of_a_head_stand_under_the_weight_that_they_meet(quantized: bool) -> None:
+    from a1q.quant.embedding import QuantEmbedding
+    from a1q.quant.tied import swap_module
+
+    for tied, name in ((True, "model.embed_tokens"), (False, "lm_head")):
+        model = tiny_model(tie_word_embeddings=tied).double()
+        if quantized:
+            module = QuantEmbedding.quantize(model.model.embed_tokens, {"scheme": "lut", "bits": 8})
+            swap_module(model, "model.embed_tokens", module)
+        seen: list[torch.Tensor] = []
+        hook = model.lm_head.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0]))
+        found = collect_statistics(model, TOKENS, batch_size=5, progress=lambda done, total: None)
+        hook.remove()
+        assert len(found) == 15
+        torch.testing.assert_close(found[name], seen[0].reshape(-1, 64).square().mean(0), rtol=1e-9, atol=0)
 
 
 def test_damaged_statistics_are_refused(tmp_path: Path) -> None:

@@ -66,9 +66,9 @@ def test_rest_takes_every_other_linear_and_keep_takes_none(source: Artifact) -> 
 
 def test_wrong_targets_are_one_problem_each_at_the_rule(tmp_path: Path, source: Artifact) -> None:
     view = view_of(source)
-    _, problems = plan("quantize", {"model": view}, {"rules": {"head": MLP4}})
+    _, problems = plan("quantize", {"model": view}, {"rules": {"head": {**MLP4, "rank": 65}}})
     assert [(path, mismatch) for path, _, _, mismatch in problems] == [("rules.head", True)]
-    assert "embeddings are not quantizable yet" in problems[0][1]
+    assert "rank 65 is more than the smaller side of 320x64" in problems[0][1]
     _, problems = plan("quantize", {"model": view}, {"rules": {"lm": MLP4}})
     assert "model.embed_tokens" in problems[0][2]
     _, problems = plan("quantize", {"model": view}, {"rules": {"attn": {**MLP4, "rank": 50}}})

@@ -35,6 +35,12 @@ class Lut(Scheme):
         self.trainable = {"lut": ("lut",)}
 
     @property
+    def details(self) -> str:
+        if self.config.granularity == "group":
+            return f"a table per {self.config.channels} channels"
+        return f"a table per {self.config.granularity}"
+
+    @property
     def hardware(self) -> str:
         return "palette"
 
@@ -92,6 +98,12 @@ class Lut(Scheme):
 
         indices, lut = snap_lut(parts["indices"], parts["lut"])
         return {"indices": indices, "lut": lut}
+
+    def select_rows(self, parts: Mapping[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
+        indices, lut = parts["indices"], parts["lut"]
+        if len(lut) > 1:  # a table per row taken
+            lut = lut.index_select(0, rows // (len(indices) // len(lut)))
+        return {"indices": indices.index_select(0, rows), "lut": lut}
 
     def hardware_form(self, parts: Mapping[str, Tensor]) -> Palettized:
         return Palettized(parts["indices"], parts["lut"])

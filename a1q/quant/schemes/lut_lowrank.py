@@ -45,6 +45,10 @@ class LutLowrank(Scheme):
         self.trainable = {"scales": SCALES, "magnitudes": ("g",), **learned}
 
     @property
+    def details(self) -> str:
+        return f"rank {self.config.rank}"
+
+    @property
     def hardware(self) -> str:
         return "palette"
 
@@ -119,6 +123,10 @@ class LutLowrank(Scheme):
         indices, lut = snap_lut(parts["indices"], parts["lut"][None])
         a, b = fold(parts["a"], parts.get("g"), parts["b"])
         return {"indices": indices, "lut": lut[0], "a": to_fp16(a), "b": to_fp16(b)}
+
+    def select_rows(self, parts: Mapping[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
+        by_row = {name: parts[name].index_select(0, rows) for name in ("indices", "a", "gain") if name in parts}
+        return {**parts, **by_row}
 
     def hardware_form(self, parts: Mapping[str, Tensor]) -> Palettized:
         return Palettized(parts["indices"], parts["lut"][None], parts["a"], parts["b"])
