@@ -78,13 +78,14 @@ class Matrix:
         """Rows int32 (1, S) -> (1, in, 1, S)."""
         from coremltools.converters.mil import Builder as mb
 
-        size, count = self.weight.shape[1], ids.shape[1]
+        size = self.weight.shape[1]
         found = mb.gather(x=self.stored, indices=ids, axis=0, validate_indices=False)
-        x = mb.transpose(x=mb.reshape(x=found, shape=[1, count, 1, size]), perm=[0, 3, 2, 1])
+        # -1: a package of embeddings alone takes one id or many
+        x = mb.transpose(x=mb.reshape(x=found, shape=[1, -1, 1, size]), perm=[0, 3, 2, 1])
         if self.a is None:
             return x
         a = mb.gather(x=self.a, indices=ids, axis=1, validate_indices=False)
-        scale = mb.transpose(x=mb.reshape(x=a, shape=[1, 1, count, self.rank]), perm=[0, 1, 3, 2])
+        scale = mb.transpose(x=mb.reshape(x=a, shape=[1, 1, -1, self.rank]), perm=[0, 1, 3, 2])
         if self.b is not None:
             scale = mb.mul(x=scale, y=self.b)
         if self.rank > 1:
