@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from a1q.engine.registry import load_registry
 from a1q.errors import StageError
 from a1q.quant.build import complete, make_scheme
+from a1q.quant.scheme import Blockwise, Palettized
 
 SPECS = [
     {"scheme": "lut_lowrank", "bits": 2},
@@ -22,6 +23,14 @@ SPECS = [
     {"scheme": "lut", "bits": 6, "granularity": "channel"},
     {"scheme": "lut", "bits": 3, "granularity": "group", "channels": 4},
     {"scheme": "lut", "bits": 8},
+    {"scheme": "balanced", "bits": 2},
+    {"scheme": "balanced", "bits": 4, "granularity": "channel"},
+    {"scheme": "balanced", "bits": 1, "fit": "percentile"},
+    {"scheme": "balanced", "bits": 8},
+    {"scheme": "affine", "bits": 4},
+    {"scheme": "affine", "bits": 2, "symmetric": False},
+    {"scheme": "affine", "bits": 3, "granularity": "group", "group_size": 8},
+    {"scheme": "affine", "bits": 8, "symmetric": False, "granularity": "group", "group_size": 8, "fit": "minmax"},
 ]
 
 
@@ -80,15 +89,46 @@ def test_snapped_parts_are_what_the_bits_count(spec) -> None:
     snapped = scheme.snap(parts)
     shapes = {name: tuple(part.shape) for name, part in snapped.items() if name != "indices"}
     assert shapes == scheme.part_shapes((12, 24), snapped=True)
-    assert all(part.dtype == torch.float16 for name, part in snapped.items() if name != "indices")
-    bits = spec["bits"] * snapped["indices"].numel()
-    bits += sum(16 * part.numel() for name, part in snapped.items() if name != "indices")
-    assert scheme.bits((12, 24)) == bits
+    for name, part in snapped.items():
+        assert part.dtype == (torch.uint8 if name in scheme.integers else torch.float16)
+    assert all(int(snapped[name].max()) < 2 ** spec["bits"] for name in scheme.integers)
+    widths = {name: spec["bits"] if name in scheme.integers else 16 for name in snapped}
+    assert scheme.bits((12, 24)) == sum(widths[name] * part.numel() for name, part in snapped.items())
     exact = scheme.dequantize(parts)
     largest = float(exact.abs().max())
     torch.testing.assert_close(scheme.dequantize(snapped), exact, rtol=4e-3, atol=4e-3 * largest)
     again = scheme.snap(snapped)
     assert all(torch.equal(again[name], part) for name, part in snapped.items())
+
+
+@each
+def test_the_hardware_form_is_the_snapped_weight_bit_for_bit(spec) -> None:
+    scheme = make_scheme(spec)
+    snapped = scheme.snap(scheme.fit(random_weight(), None, 0))
+    if not scheme.hardware:
+        with pytest.raises(NotImplementedError, match="no hardware form"):
+            scheme.hardware_form(snapped)
+        return
+    form = scheme.hardware_form(snapped)
+    assert torch.equal(said_by_hardware(form), scheme.dequantize(snapped))
+    kind = {"palette": Palettized, "blockwise": Blockwise}[scheme.hardware]
+    assert isinstance(form, kind)
+
+
+def said_by_hardware(form: Palettized | Blockwise) -> torch.Tensor:
+    """The weight [out, in] by the definition of the form, in float32; fp16 throughout in what it holds."""
+    if isinstance(form, Blockwise):
+        assert (form.codes.dtype, form.zero.dtype, form.scale.dtype) == (torch.uint8, torch.uint8, torch.float16)
+        assert int(max(form.codes.max(), form.zero.max())) < 2**form.bits
+        codes = form.codes.reshape(*form.scale.shape, -1).float()
+        return (form.scale.float()[..., None] * (codes - form.zero.float()[..., None])).reshape(form.codes.shape)
+    assert form.lut.dtype == torch.float16
+    tables = form.lut.float().repeat_interleave(len(form.indices) // len(form.lut), 0)
+    weight = tables.gather(1, form.indices.long())
+    if form.a is None:
+        return weight
+    assert form.a.dtype == torch.float16
+    return weight * (form.a.float() if form.b is None else form.a.float() @ form.b.float())
 
 
 @each
