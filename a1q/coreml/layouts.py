@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from a1q.coreml.architecture import Architecture
 
@@ -63,10 +65,36 @@ class Part:
         }
 
 
-class PartsOf(Protocol):
-    """A layout's parts of a model."""
+class Layout(Protocol):
+    """What the module of a layout offers."""
 
-    def __call__(self, architecture: Architecture, weights: DecoderWeights, options: Options) -> list[Part]: ...
+    STATE: str
+    """Name of the state that holds the cache."""
+
+    def problems(self, config: Mapping[str, Any], options: Options, step: int) -> list[str]:
+        """Why this layout can't take a model of this Hugging Face config, which `architecture.problems` accepts.
+
+        Args:
+            step: rows of the head that must stay together, because they share a table.
+        """
+
+    def outputs(self, architecture: Architecture, weights: DecoderWeights, options: Options) -> list[str]:
+        """Names of the logits' outputs, in the order of the vocabulary."""
+
+    def parts(self, architecture: Architecture, weights: DecoderWeights, options: Options) -> list[Part]:
+        """The packages, in the order in which they are called."""
+
+    def companions(self, folder: Path, meta: Mapping[str, Any], options: Options) -> None:
+        """Write what the apps of this layout read beside the packages into `folder`; `meta` is that of meta.json."""
+
+
+LAYOUTS = {"single": "a1q.coreml.single", "anemll": "a1q.coreml.anemll.layout"}
+"""Name -> module."""
+
+
+def get_layout(name: str) -> Layout:
+    """The layout of that name."""
+    return cast(Layout, importlib.import_module(LAYOUTS[name]))
 
 
 def linear_bytes(weights: DecoderWeights, begin: int, end: int) -> int:

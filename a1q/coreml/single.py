@@ -7,13 +7,14 @@ A tied head and the embedding read the same tables.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from a1q.coreml.architecture import Architecture, head_parts
+from a1q.coreml.architecture import MAX_DIMENSION, Architecture, head_parts
 from a1q.coreml.layouts import Options, Part, linear_bytes
 from a1q.coreml.toolkit import coremltools
 
@@ -37,6 +38,18 @@ class Calls:
     """Names of the logits in order."""
 
 
+def problems(config: Mapping[str, Any], options: Options, step: int) -> list[str]:
+    """See `a1q.coreml.layouts.Layout`."""
+    vocabulary = int(config["vocab_size"])
+    if options.chunks not in (None, 1):
+        return ["`chunks` divides the layers of layout `anemll`; `single` is one package"]
+    return head_problems(vocabulary, options.head_parts or head_parts(vocabulary, step), step)
+
+
+def companions(folder: Path, meta: Mapping[str, Any], options: Options) -> None:
+    """Nothing: meta.json says it all."""
+
+
 def parts(architecture: Architecture, weights: DecoderWeights, options: Options) -> list[Part]:
     """The one part of this layout."""
     functions = {"infer": 1, "prefill": options.prefill}
@@ -57,6 +70,27 @@ def outputs(architecture: Architecture, weights: DecoderWeights, options: Option
     """Names of the logits' outputs."""
     count = options.head_parts or head_parts(architecture.vocabulary, weights.head().row_step)
     return ["logits"] if count == 1 else [f"logits{part + 1}" for part in range(count)]
+
+
+def head_problems(vocabulary: int, count: int, step: int) -> list[str]:
+    """Why the head can't be cut into `count` parts (0: into any number) whose tables stay whole."""
+    tables = f" of whole groups of {step} channels that share a table" if step > 1 else ""
+    if not count:
+        return [f"a head of {vocabulary} rows can't be cut into equal parts{tables} of at most {MAX_DIMENSION} rows"]
+    if vocabulary % (count * step):
+        fitting = [n for n in range(1, 65) if vocabulary % (n * step) == 0 and vocabulary // n <= MAX_DIMENSION]
+        near = sorted(sorted(fitting, key=lambda n: abs(n - count))[:4])
+        return [
+            f"head_parts {count} does not divide a head of {vocabulary} rows into equal parts{tables}; "
+            + (f"these do: {', '.join(map(str, near))}" if near else "no number up to 64 does")
+        ]
+    if vocabulary // count > MAX_DIMENSION:
+        least = -(-vocabulary // MAX_DIMENSION)
+        return [
+            f"head_parts {count} gives {vocabulary // count} rows each; the Neural Engine takes dimensions up to "
+            f"{MAX_DIMENSION}, so at least {least} parts"
+        ]
+    return []
 
 
 def build_program(
