@@ -2,7 +2,7 @@
 
 What reaches the residual stream may grow to 10^5 and more in a trained model, Gemma's above all, where fp16 ends at
 65504. Every reader of the stream is an RMSNorm, which doesn't see a common factor (but for its epsilon). So the stream
-may be carried α times smaller: the embedding's output and everything that is added to it times α, epsilon times α².
+may be carried as α times itself, α < 1: the embedding's output and all that is added to it times α, epsilon times α².
 """
 
 from __future__ import annotations
@@ -51,8 +51,17 @@ class LayerPeaks:
     """The stream as it leaves the layer."""
 
 
-STREAM = ("residual", "attention_added", "residual_middle", "product_added", "residual_end")
-"""The peaks that a residual scale lowers."""
+STREAM = (
+    "residual",
+    "attention_output",
+    "attention_added",
+    "residual_middle",
+    "product",
+    "product_output",
+    "product_added",
+    "residual_end",
+)
+"""The peaks that a residual scale lowers: `a1q.coreml.decoder` shrinks a branch from what its last projection takes."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +73,7 @@ class Peaks:
     logits: float
 
     def stream(self) -> float:
-        """The largest number in the residual stream, or added to it."""
+        """The largest number in the residual stream and in what leads to it."""
         return max(getattr(layer, name) for layer in self.layers for name in STREAM)
 
     def beyond(self, limit: float = LARGEST_FP16) -> list[str]:
@@ -119,7 +128,7 @@ def measure(model: nn.Module, tokens: Array) -> Peaks:
 
 
 def residual_scale(peaks: Peaks, margin: float = MARGIN) -> float:
-    """The power of two α ≤ 1 with which the residual stream and all that is added to it stay `margin` below fp16's end.
+    """The power of two α ≤ 1 with which the residual stream and what leads to it stay `margin` below fp16's end.
 
     1.0 where nothing is needed. A power of two, so that no number is rounded anew as long as it is not subnormal.
     """

@@ -121,7 +121,7 @@ def _peaks(**changes: float) -> Peaks:
 @pytest.mark.parametrize(
     ("peak", "expected"), [(1.0, 1.0), (8188.0, 1.0), (8189.0, 0.5), (65504.0, 0.125), (120000.0, 0.0625)]
 )
-@pytest.mark.parametrize("name", ["residual", "attention_added", "residual_middle", "product_added", "residual_end"])
+@pytest.mark.parametrize("name", ["residual", "attention_output", "product", "product_added", "residual_end"])
 def test_the_scale_is_the_largest_power_of_two_that_keeps_the_margin(name: str, peak: float, expected: float):
     scale = residual_scale(_peaks(**{name: peak}))
     assert scale == expected
@@ -129,9 +129,9 @@ def test_the_scale_is_the_largest_power_of_two_that_keeps_the_margin(name: str, 
 
 
 def test_what_no_residual_scale_lowers_is_named():
-    peaks = _peaks(product=80000.0, residual=90000.0)
-    assert peaks.beyond() == ["layer 1: product 80000"]
-    assert residual_scale(_peaks(product=80000.0)) == 1.0
+    peaks = _peaks(query=80000.0, residual=90000.0)
+    assert peaks.beyond() == ["layer 1: query 80000"]
+    assert residual_scale(_peaks(query=80000.0)) == 1.0
 
 
 def test_peaks_go_into_json():
