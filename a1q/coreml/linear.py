@@ -111,7 +111,7 @@ def _palettized(palette: Palette, name: str) -> Any:
     """The weight (out, in, 1, 1) from our own indices and tables."""
     from coremltools.converters.mil import Builder as mb
 
-    indices = constant(f"{name}_indices", palette.indices[:, :, None, None].astype(_unsigned(palette.bits)))
+    indices = constant(f"{name}_indices", palette.indices[:, :, None, None].view(_unsigned(palette.bits)))
     lut = constant(f"{name}_lut", palette.lut[:, None, None, None, :, None])
     return mb.constexpr_lut_to_dense(indices=indices, lut=lut, name=f"{name}_weight")
 
@@ -122,15 +122,15 @@ def _blockwise(blocks: Blocks, name: str) -> Any:
 
     kind = _unsigned(blocks.bits)
     return mb.constexpr_blockwise_shift_scale(
-        data=constant(f"{name}_codes", blocks.codes[:, :, None, None].astype(kind)),
+        data=constant(f"{name}_codes", blocks.codes[:, :, None, None].view(kind)),
         scale=constant(f"{name}_scale", blocks.scale[:, :, None, None]),
-        offset=constant(f"{name}_zero", blocks.zero[:, :, None, None].astype(kind)),
+        offset=constant(f"{name}_zero", blocks.zero[:, :, None, None].view(kind)),
         name=f"{name}_weight",
     )
 
 
 def _unsigned(bits: int) -> Any:
-    """The NumPy type in which coremltools takes unsigned integers of so many bits."""
+    """The NumPy type in which coremltools takes unsigned integers of so many bits: uint8, marked."""
     from coremltools.converters.mil.mil import types
 
     return types.nptype_from_builtin(types.string_to_builtin(f"uint{bits}"))
