@@ -10,6 +10,8 @@ from typing import Any
 
 from a1q.coreml.toolkit import SPECIFICATION, coremltools
 
+WEIGHTS = "Data/com.apple.CoreML/weights/weight.bin"
+"""The weight file in a package."""
 NAMESPACE = uuid.UUID("6f2c6b51-6f0f-5b0e-9f0a-a1c0de000001")
 """Of the name-based identifiers in a package's manifest, where coremltools puts random ones."""
 
@@ -23,9 +25,15 @@ def write_package(program: Any, path: Path) -> None:
     ct = coremltools()
     from coremltools.converters.mil.backend.mil.load import load as lower
 
-    with tempfile.TemporaryDirectory(prefix="a1q-coreml-") as weights:
-        model = lower(program, weights, specification_version=SPECIFICATION)
-        ct.models.utils.save_spec(model, str(path), weights_dir=weights)
+    # Weights are written beside the package and moved into it: given to save_spec, they would be copied.
+    with tempfile.TemporaryDirectory(prefix=".weights-", dir=path.parent) as folder:
+        weights, nothing = Path(folder, "weights"), Path(folder, "nothing")
+        weights.mkdir()
+        nothing.mkdir()
+        model = lower(program, str(weights), specification_version=SPECIFICATION)
+        ct.models.utils.save_spec(model, str(path), weights_dir=str(nothing))
+        for file in weights.iterdir():
+            file.replace((path / WEIGHTS).with_name(file.name))
     _make_reproducible(path, model)
 
 

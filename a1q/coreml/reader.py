@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from a1q.coreml.package import WEIGHTS
 from a1q.coreml.toolkit import coremltools
-
-WEIGHTS = "Data/com.apple.CoreML/weights/weight.bin"
 
 
 @dataclass(frozen=True)
