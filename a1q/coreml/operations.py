@@ -11,71 +11,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-Array = npt.NDArray[Any]
-
-MOVES = {
-    "concat", "expand_dims", "gather", "reshape", "slice_by_size", "slice_update", "split", "transpose",
-}  # fmt: skip
-"""Operations that only move numbers, so that nothing is left to round."""
-
-
-def gather(x: Array, indices: Array, axis: int = 0, batch_dims: int = 0, validate_indices: bool = False) -> Array:
-    """Rows of `x` along `axis`."""
-    _only(batch_dims == 0, "gather with batch_dims")
-    return np.take(x, indices, axis=int(axis))
-
-
-def reshape(x: Array, shape: Array) -> Array:
-    """`x` in another shape; 0 keeps the dimension at that place, -1 is what is left."""
-    sizes = [x.shape[i] if size == 0 else int(size) for i, size in enumerate(shape)]
-    return x.reshape(sizes)
-
-
-def expand_dims(x: Array, axes: Array) -> Array:
-    """New axes of size 1."""
-    return np.expand_dims(x, tuple(int(axis) for axis in axes))
-
-
-def transpose(x: Array, perm: Array) -> Array:
-    """Axes in another order."""
-    return x.transpose([int(axis) for axis in perm])
-
-
-def concat(values: Sequence[Array], axis: int, interleave: bool = False) -> Array:
-    """Arrays joined along an axis."""
-    _only(not interleave, "concat with interleave")
-    return np.concatenate(values, axis=int(axis))
-
-
-def split(
-    x: Array, num_splits: int | None = None, split_sizes: Array | None = None, axis: int | None = None
-) -> list[Array]:
-    """Parts along an axis, equal or of the given sizes."""
-    assert axis is not None
-    if split_sizes is None:
-        assert num_splits is not None
-        return np.split(x, int(num_splits), axis=int(axis))
-    return np.split(x, np.cumsum(split_sizes)[:-1], axis=int(axis))
-
-
-def slice_by_size(x: Array, begin: Array, size: Array) -> Array:
-    """A box of `x`; size -1 reaches to the end."""
-    return x[tuple(slice(int(b), None if s == -1 else int(b) + int(s)) for b, s in zip(begin, size, strict=True))]
-
-
-def slice_update(x: Array, update: Array, begin: Array, end: Array, in_place: bool = False, **unused: Any) -> Array:
-    """`x` with a box replaced; the box must lie inside and have the shape of `update`."""
-    _only(all(value is None for value in unused.values()), f"slice_update with {', '.join(unused)}")
-    box = tuple(slice(int(b), int(e)) for b, e in zip(begin, end, strict=True))
-    if any(s.start < 0 or s.stop > size for s, size in zip(box, x.shape, strict=True)):
-        raise IndexError(f"slice_update writes {box}, outside {x.shape}")
-    result = x if in_place else x.copy()
-    if result[box].shape != update.shape:
-        raise IndexError(f"slice_update writes {update.shape} into {result[box].shape}")
-    result[box] = update
-    return result
+from a1q.coreml.movements import MOVEMENTS, Array, supported
 
 
 def conv(
@@ -88,13 +25,14 @@ def conv(
     dilations: Array | None = None,
     groups: int = 1,
 ) -> Array:
-    """A 1x1 convolution: one matrix product over the channels of (1, in, H, W)."""
-    _only(weight.shape[2:] == (1, 1) and x.shape[0] == 1, "convolution other than 1x1 of one example")
-    _only(groups == 1 and (strides is None or set(np.asarray(strides).tolist()) == {1}), "strided or grouped conv")
-    _only(pad is None or not np.any(pad), "padded conv")
-    product = weight[:, :, 0, 0] @ x.reshape(x.shape[1], -1)
-    result = product.reshape(1, weight.shape[0], *x.shape[2:])
-    return result if bias is None else result + bias.reshape(1, -1, 1, 1)
+    """A convolution whose kernel is one point: a matrix product over the channels of (N, in, ...)."""
+    supported(set(weight.shape[2:]) == {1}, "convolution with a kernel larger than 1")
+    supported(groups == 1 and (strides is None or set(np.asarray(strides).tolist()) == {1}), "strided or grouped conv")
+    supported(pad is None or pad_type != "custom" or not np.any(pad), "padded conv")
+    batch, channels = x.shape[:2]
+    columns = x.reshape(channels, -1) if batch == 1 else x.reshape(batch, channels, -1)
+    result = (weight.reshape(weight.shape[:2]) @ columns).reshape(batch, weight.shape[0], *x.shape[2:])
+    return result if bias is None else result + bias.reshape(-1, *[1] * (x.ndim - 2))
 
 
 def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
@@ -106,6 +44,20 @@ def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
 def matmul(x: Array, y: Array, transpose_x: bool = False, transpose_y: bool = False) -> Array:
     """Batched matrix product."""
     return (np.swapaxes(x, -1, -2) if transpose_x else x) @ (np.swapaxes(y, -1, -2) if transpose_y else y)
+
+
+def einsum(values: Sequence[Array], equation: str) -> Array:
+    """`nchw,nwhu->nchu` or `chw,whr->chr` in any letters, the only two that MIL has: a product per row h."""
+    x, y = (np.moveaxis(value, -2, -3) for value in values)
+    return np.moveaxis(x @ y, -3, -2)
+
+
+def scaled_dot_product_attention(query: Array, key: Array, value: Array, attn_mask: Array | None = None) -> Array:
+    """softmax(query key' / sqrt(size) + mask) value; a boolean mask says who takes part."""
+    scores = query @ np.swapaxes(key, -1, -2) * np.float32(query.shape[-1] ** -0.5)
+    if attn_mask is not None:
+        scores = np.where(attn_mask, scores, -np.inf) if attn_mask.dtype == np.bool_ else scores + attn_mask
+    return softmax(scores.astype(np.float32, copy=False)) @ value
 
 
 def layer_norm(
@@ -121,71 +73,243 @@ def layer_norm(
     return result if beta is None else result + beta.reshape(shape)
 
 
+def l2_norm(x: Array, epsilon: float = 1e-6) -> Array:
+    """x / sqrt(sum of squares + epsilon) over the last three axes."""
+    return x / np.sqrt(np.square(x).sum(axis=(-3, -2, -1), keepdims=True) + np.float32(epsilon))
+
+
 def softmax(x: Array, axis: int = -1) -> Array:
     """exp(x) over its sum along an axis."""
     exponential = np.exp(x - x.max(axis=int(axis), keepdims=True))
     return exponential / exponential.sum(axis=int(axis), keepdims=True)
 
 
+def sigmoid(x: Array) -> Array:
+    """1 / (1 + exp(-x)); beyond -80, where exp would leave float32, its limit."""
+    return 1 / (1 + np.exp(-np.maximum(x, np.float32(-80))))
+
+
 def silu(x: Array) -> Array:
     """x sigmoid(x)."""
-    return x / (1 + np.exp(-np.clip(x, -80, None)))
+    return x * sigmoid(x)
 
 
-def reduce_sum(x: Array, axes: Array | None = None, keep_dims: bool = False) -> Array:
-    """Sum over axes."""
-    over = None if axes is None else tuple(int(axis) for axis in axes)
-    return x.sum(axis=over, keepdims=bool(keep_dims), dtype=x.dtype)
+def erf(x: Array) -> Array:
+    """The error function, which NumPy lacks."""
+    import torch
+
+    return np.asarray(torch.erf(torch.tensor(x)).numpy())
+
+
+def gelu(x: Array, mode: str = "EXACT") -> Array:
+    """x times the normal distribution function, or one of its approximations by tanh and sigmoid."""
+    if mode == "TANH_APPROXIMATION":
+        return x * (np.float32(0.5) * (1 + np.tanh(np.float32((2 / np.pi) ** 0.5) * (x + np.float32(0.044715) * x**3))))
+    if mode == "SIGMOID_APPROXIMATION":
+        return x * sigmoid(np.float32(1.702) * x)
+    return x * (np.float32(0.5) * (1 + erf(x * np.float32(0.5**0.5))))
+
+
+def softplus(x: Array) -> Array:
+    """log(1 + exp(x))."""
+    return np.logaddexp(x, np.float32(0))
+
+
+def real_div(x: Array, y: Array) -> Array:
+    """x / y; of integers, rounded towards 0."""
+    quotient = np.true_divide(x, y)
+    return np.trunc(quotient).astype(np.int32) if _integers(x) and _integers(y) else quotient
+
+
+def reduce(of: Callable[..., Any]) -> Callable[..., Array]:
+    """The MIL operation of a NumPy reduction."""
+
+    def reduction(x: Array, axes: Array | None = None, keep_dims: bool = False) -> Array:
+        over = None if axes is None else tuple(int(axis) for axis in axes)
+        return np.asarray(of(x, axis=over, keepdims=bool(keep_dims)), dtype=x.dtype)
+
+    return reduction
+
+
+def reduce_argmax(x: Array, axis: int = -1, keep_dims: bool = False, output_dtype: str = "int32") -> Array:
+    """Where the first largest number stands."""
+    return np.argmax(x, axis=int(axis), keepdims=bool(keep_dims)).astype(np.int32)
+
+
+def reduce_argmin(x: Array, axis: int = -1, keep_dims: bool = False, output_dtype: str = "int32") -> Array:
+    """Where the first smallest number stands."""
+    return np.argmin(x, axis=int(axis), keepdims=bool(keep_dims)).astype(np.int32)
+
+
+def topk(
+    x: Array,
+    k: int = 1,
+    axis: int = -1,
+    ascending: bool = False,
+    sort: bool = True,
+    return_indices: bool = True,
+    output_indices_dtype: str = "int32",
+) -> list[Array]:
+    """The `k` largest numbers (smallest if `ascending`) in order, and their places."""
+    order = np.argsort(x if ascending else -x, axis=int(axis), kind="stable")
+    places = np.take(order, np.arange(int(k)), axis=int(axis))
+    values = np.take_along_axis(x, places, axis=int(axis))
+    return [values, places.astype(np.int32)] if return_indices else [values]
+
+
+def cumsum(x: Array, axis: int = 0, exclusive: bool = False, reverse: bool = False) -> Array:
+    """Running sum along an axis."""
+    turned = np.flip(x, int(axis)) if reverse else x
+    result = np.cumsum(turned, axis=int(axis), dtype=x.dtype)
+    result = result - turned if exclusive else result
+    return np.flip(result, int(axis)) if reverse else result
+
+
+def band_part(x: Array, lower: int = -1, upper: int = -1) -> Array:
+    """`x` with 0 outside a band around the diagonal; -1 keeps that whole side."""
+    rows, columns = np.ogrid[: x.shape[-2], : x.shape[-1]]
+    inside = ((int(lower) < 0) | (rows - columns <= int(lower))) & ((int(upper) < 0) | (columns - rows <= int(upper)))
+    return np.where(inside, x, np.zeros((), x.dtype))
+
+
+def range_1d(end: Any, start: Any, step: Any) -> Array:
+    """start, start + step, ... below `end`."""
+    numbers = np.arange(start, end, step)
+    return numbers.astype(np.int32 if _integers(numbers) else np.float32)
+
+
+def fill(shape: Array, value: Any = 0.0) -> Array:
+    """An array of one number."""
+    return np.full([int(size) for size in shape], value, dtype=np.asarray(value).dtype)
+
+
+def one_hot(indices: Array, one_hot_vector_size: int, axis: int = -1, on_value: Any = 1, off_value: Any = 0) -> Array:
+    """`on_value` at each index along a new axis, `off_value` elsewhere."""
+    places = np.arange(int(one_hot_vector_size))
+    axis = int(axis) % (indices.ndim + 1)
+    hit = np.expand_dims(indices, axis) == places.reshape([-1 if i == axis else 1 for i in range(indices.ndim + 1)])
+    return np.where(hit, on_value, off_value).astype(np.result_type(np.asarray(on_value)))
+
+
+_COMBINE: dict[str, Any] = {
+    "add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide, "max": np.maximum, "min": np.minimum,
+}  # fmt: skip
+
+
+def _scattered(data: Array, index: Any, updates: Array, mode: str) -> Array:
+    result = data.copy()
+    if mode == "update":
+        result[index] = updates
+    else:
+        _COMBINE[mode].at(result, index, updates)
+    return result
+
+
+def scatter(
+    data: Array, indices: Array, updates: Array, axis: int = 0, mode: str = "add", validate_indices: bool = False
+) -> Array:
+    """`data` with `updates` combined into its entries `indices` along `axis`."""
+    return _scattered(data, (slice(None),) * (int(axis) % data.ndim) + (indices,), updates, mode)
+
+
+def scatter_along_axis(
+    data: Array, indices: Array, updates: Array, axis: int = 0, mode: str = "add", validate_indices: bool = False
+) -> Array:
+    """`data` with every number of `updates` combined into the place its index names along `axis`."""
+    index: list[Any] = list(np.ogrid[tuple(slice(size) for size in indices.shape)])
+    index[int(axis) % data.ndim] = indices
+    return _scattered(data, tuple(index), updates, mode)
+
+
+def scatter_nd(data: Array, indices: Array, updates: Array, mode: str = "add", validate_indices: bool = False) -> Array:
+    """`data` with `updates` combined into the points or slices that the last axis of `indices` names."""
+    return _scattered(data, tuple(np.moveaxis(indices, -1, 0)), updates, mode)
 
 
 def cast(x: Array, dtype: str) -> Array:
-    """Another type; floats are float32 here and rounded by the interpreter."""
+    """Another type; floats are float32 here and rounded by the interpreter, integers int32."""
     kinds = {"fp16": np.float32, "fp32": np.float32, "bool": np.bool_}
-    return x.astype(kinds.get(dtype, np.int32))
+    return np.asarray(x).astype(kinds.get(dtype, np.int32))
+
+
+def _integers(x: Any) -> bool:
+    return np.issubdtype(np.asarray(x).dtype, np.integer)
+
+
+def _shifted(x: Array, epsilon: float) -> Array:
+    return x + np.float32(epsilon)
 
 
 OPERATIONS: dict[str, Callable[..., Any]] = {
+    **MOVEMENTS,
+    "abs": lambda x: np.abs(x),
     "add": lambda x, y: x + y,
+    "band_part": band_part,
     "cast": cast,
-    "concat": concat,
+    "ceil": lambda x: np.ceil(x),
+    "clip": lambda x, alpha, beta: np.clip(x, alpha, beta),
     "conv": conv,
     "cos": lambda x: np.cos(x),
+    "cumsum": cumsum,
+    "einsum": einsum,
     "equal": lambda x, y: np.equal(x, y),
-    "expand_dims": expand_dims,
-    "gather": gather,
+    "erf": erf,
+    "exp": lambda x: np.exp(x),
+    "exp2": lambda x: np.exp2(x),
+    "fill": fill,
+    "floor": lambda x: np.floor(x),
+    "floor_div": lambda x, y: np.floor_divide(x, y),
+    "gelu": gelu,
+    "greater": lambda x, y: np.greater(x, y),
+    "greater_equal": lambda x, y: np.greater_equal(x, y),
+    "inverse": lambda x, epsilon=1e-4: 1 / _shifted(x, epsilon),
+    "l2_norm": l2_norm,
     "layer_norm": layer_norm,
+    "less": lambda x, y: np.less(x, y),
     "less_equal": lambda x, y: np.less_equal(x, y),
     "linear": linear,
+    "log": lambda x, epsilon=1e-45: np.log(_shifted(x, epsilon)),
+    "logical_and": lambda x, y: np.logical_and(x, y),
+    "logical_not": lambda x: np.logical_not(x),
+    "logical_or": lambda x, y: np.logical_or(x, y),
+    "logical_xor": lambda x, y: np.logical_xor(x, y),
     "matmul": matmul,
+    "maximum": lambda x, y: np.maximum(x, y),
+    "minimum": lambda x, y: np.minimum(x, y),
+    "mod": lambda x, y: np.mod(x, y),
     "mul": lambda x, y: x * y,
-    "reduce_sum": reduce_sum,
-    "reshape": reshape,
+    "not_equal": lambda x, y: np.not_equal(x, y),
+    "one_hot": one_hot,
+    "pow": lambda x, y: np.power(x, y),
+    "range_1d": range_1d,
+    "real_div": real_div,
+    "reduce_argmax": reduce_argmax,
+    "reduce_argmin": reduce_argmin,
+    "reduce_l2_norm": reduce(lambda x, **over: np.sqrt(np.square(x).sum(**over))),
+    "reduce_max": reduce(np.max),
+    "reduce_mean": reduce(np.mean),
+    "reduce_min": reduce(np.min),
+    "reduce_prod": reduce(np.prod),
+    "reduce_sum": reduce(np.sum),
+    "reduce_sum_square": reduce(lambda x, **over: np.square(x).sum(**over)),
+    "relu": lambda x: np.maximum(x, 0),
+    "round": lambda x: np.round(x),
+    "rsqrt": lambda x, epsilon=1e-12: 1 / np.sqrt(_shifted(x, epsilon)),
+    "scaled_dot_product_attention": scaled_dot_product_attention,
+    "scatter": scatter,
+    "scatter_along_axis": scatter_along_axis,
+    "scatter_nd": scatter_nd,
+    "shape": lambda x: np.array(np.shape(x), np.int32),
+    "sigmoid": sigmoid,
+    "sign": lambda x: np.sign(x),
     "silu": silu,
     "sin": lambda x: np.sin(x),
-    "slice_by_size": slice_by_size,
-    "slice_update": slice_update,
     "softmax": softmax,
-    "split": split,
+    "softplus": softplus,
+    "sqrt": lambda x: np.sqrt(x),
+    "square": lambda x: np.square(x),
     "sub": lambda x, y: x - y,
-    "transpose": transpose,
+    "tanh": lambda x: np.tanh(x),
+    "topk": topk,
 }
 """By MIL name; states and constants are the interpreter's own affair."""
-
-
-def decode_lut(indices: Array, lut: Array, vector_axis: Any = None) -> Array:
-    """`constexpr_lut_to_dense`: the weight that indices [d1..dk] and tables [g1..gk, 2**bits, 1] say.
-
-    Along axis i, g_i tables serve d_i / g_i consecutive entries each.
-    """
-    _only(lut.shape[-1] == 1, "vector palettization")
-    rank = indices.ndim
-    tables = np.arange(np.prod(lut.shape[:rank])).reshape(lut.shape[:rank])
-    for axis in range(rank):
-        tables = np.repeat(tables, indices.shape[axis] // lut.shape[axis], axis=axis)
-    entries = lut.shape[-2]
-    return lut.reshape(-1)[tables * entries + indices.astype(np.int64)]
-
-
-def _only(supported: bool, what: str) -> None:
-    if not supported:
-        raise NotImplementedError(f"the interpreter has no {what}")
