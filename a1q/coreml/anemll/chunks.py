@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 MAX_PART_BYTES = 950_000_000
@@ -11,7 +12,7 @@ MAX_PART_BYTES = 950_000_000
 def even_chunks(layers: int, chunks: int) -> list[tuple[int, int]]:
     """(first layer, one after the last) per chunk, sizes differing by at most 1."""
     borders = [layers * chunk // chunks for chunk in range(chunks + 1)]
-    return list(zip(borders, borders[1:], strict=False))
+    return list(itertools.pairwise(borders))
 
 
 def fitting_chunks(layer_bytes: Sequence[int], limit: int = MAX_PART_BYTES) -> list[tuple[int, int]]:

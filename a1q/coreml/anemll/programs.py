@@ -66,8 +66,8 @@ def layers_program(
     """Layers `begin` to `end` (excluded) as functions that share weights and write one cache of the whole model.
 
     `hidden_states` fp16 (1, S, hidden), `position_ids` int32 (S), `causal_mask` fp16 (1, 1, S, context) and
-    `current_pos` int32 (1) -> `output_hidden_states` (1, S, hidden). The last chunk normalises in `infer`; in `prefill`,
-    where only the cache counts, it gives the first position alone and as it is.
+    `current_pos` int32 (1) -> `output_hidden_states` (1, S, hidden). The last chunk normalises in `infer`. In
+    `prefill`, where only the cache counts, it gives the first position alone and as it is.
     """
     ct = coremltools()
     from coremltools.converters.mil.mil import Function, Placeholder, types

@@ -17,8 +17,8 @@ class AnemllRunner(Runner):
     """Embeddings, chunks of layers, head.
 
     Like the apps it fills the cache with the whole prompt in padded batches, throws away what they give, and calls
-    `infer` with the prompt's last token once more for the first logits. Its mask is the stricter test of what apps send:
-    -inf, and in `infer` one position too many shown, as the Swift apps do.
+    `infer` with the prompt's last token once more for the first logits. Of the masks that apps send it takes the one
+    that asks more of a package: -inf, and in `infer` one position too many shown, as by the Swift apps.
 
     Args:
         adapter: ending of the functions to call where a part has them.
