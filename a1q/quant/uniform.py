@@ -25,7 +25,7 @@ from a1q.quant.grid import round_fp16, safe_scale
 Zero = Tensor | float
 COARSE = tuple(1.12**-step for step in range(1, 42))
 """From the largest weights on the outermost levels down to a hundredth of that: tensors may have far outliers."""
-FINE = tuple(1 + step / 100 for step in range(-6, 7) if step)
+FINE = tuple(1 + step / 200 for step in range(-12, 13) if step)
 NEAR = (0.8, 0.9, 1.1, 1.25)
 """Around the scale of the neighbouring zero point."""
 ROUNDS = 10
@@ -112,21 +112,39 @@ def refine_scale(
     return best
 
 
-def search_zero(weight: Tensor, importance: Tensor, scale: Tensor, zero: Tensor, top: int) -> tuple[Tensor, Tensor]:
-    """(scale, zero) [out, groups] each, from a start: whole zero points move by one as long as the error falls."""
+def search_scale_and_zero(
+    weight: Tensor, importance: Tensor, low: Tensor, high: Tensor, top: int
+) -> tuple[Tensor, Tensor]:
+    """(scale, whole zero point) [out, groups] each, of little Σ h (W - Ŵ)², for weights between `low` and `high`.
+
+    Searched from the zero point of that range and from the middle one, as a single outlier moves the first far off;
+    then zero points move by one as long as the error falls.
+    """
+    scale, zero = range_scale(low, high, top)
+    scale = search_scale(weight, importance, scale, zero, top)
+    middle = torch.full_like(zero, (top + 1) // 2)
+    other = search_scale(weight, importance, torch.maximum(-low, high) / (top // 2), middle, top)
     values, h = blocked(weight, scale), blocked(importance.expand_as(weight), scale)
-    least = _error(values, h, scale, zero, top)
+    least, error = _error(values, h, scale, zero, top), _error(values, h, other, middle, top)
+    scale, zero = other.where(error < least, scale), middle.where(error < least, zero)
+    least = torch.minimum(error, least)
     for step in (1, -1):
         for _ in range(top):
             moved = (zero + step).clamp(0, top)
-            refit = refine_scale(weight, importance, scale, moved, top, NEAR, 2)
-            error = _error(values, h, refit, moved, top)
+            other = refine_scale(weight, importance, scale, moved, top, NEAR, 2)
+            error = _error(values, h, other, moved, top)
             better = error < least
             if not bool(better.any()):
                 break
-            scale, zero = refit.where(better, scale), moved.where(better, zero)
+            scale, zero = other.where(better, scale), moved.where(better, zero)
             least = torch.minimum(error, least)
     return scale, zero
+
+
+def range_scale(low: Tensor, high: Tensor, top: int) -> tuple[Tensor, Tensor]:
+    """(scale, whole zero point) with which codes 0 … top just hold `low` <= 0 to `high` >= 0."""
+    scale = (high - low) / top
+    return scale, torch.where(scale > 0, -low / scale, 0.0).round().clamp(0, top)
 
 
 def round_through(tensor: Tensor) -> Tensor:

@@ -27,9 +27,17 @@ def test_counts_by_hand() -> None:
 
 
 @pytest.mark.parametrize("snapped", [False, True])
-def test_disk_bytes_are_those_of_the_file(tmp_path: Path, snapped: bool) -> None:
+@pytest.mark.parametrize(
+    "schemes",
+    [
+        (SPEC, {"scheme": "lut", "bits": 3, "granularity": "channel"}),
+        ({"scheme": "balanced", "bits": 2}, {"scheme": "balanced", "bits": 4, "granularity": "channel"}),
+        ({"scheme": "affine", "bits": 6}, {"scheme": "affine", "bits": 3, "symmetric": False}),
+    ],
+)
+def test_disk_bytes_are_those_of_the_file(tmp_path: Path, snapped: bool, schemes: tuple[dict, dict]) -> None:
     model = tiny_model()
-    for layer, scheme in enumerate([SPEC, {"scheme": "lut", "bits": 3, "granularity": "channel"}]):
+    for layer, scheme in enumerate(schemes):
         name = f"model.layers.{layer}.mlp.up_proj"
         module = QuantLinear.quantize(model.get_submodule(name), scheme, keep_latent=layer == 0)
         module.set_adapter(torch.ones(2, module.in_features), torch.ones(module.out_features, 2), 2.0)

@@ -11,7 +11,12 @@ SPECS = [
     {"scheme": "lut_lowrank", "bits": 2},
     {"scheme": "lut_lowrank", "bits": 4, "rank": 3},
     {"scheme": "lut", "bits": 3},
+    {"scheme": "balanced", "bits": 2},
+    {"scheme": "balanced", "bits": 4, "granularity": "channel"},
+    {"scheme": "affine", "bits": 4},
+    {"scheme": "affine", "bits": 8, "symmetric": False, "granularity": "group", "group_size": 8},
 ]
+TABLES = [spec for spec in SPECS if "lut" in spec["scheme"]]
 
 
 def dense(seed: int = 0, bias: bool = True) -> nn.Linear:
@@ -61,7 +66,7 @@ def test_latent_decides_the_indices_everywhere() -> None:
     assert torch.equal(module.weight, expected)
 
 
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", TABLES)
 def test_tables_that_training_disordered_mean_the_same_everywhere(spec) -> None:
     module = QuantLinear.quantize(dense(), spec)
     module.straight_through_fp16 = True
@@ -92,7 +97,9 @@ def test_snap_keeps_the_indices_and_rounds_the_rest(spec, fp16) -> None:
     module.snap()
     assert module.state == "snapped"
     assert module.latent is None
-    assert {parameter.dtype for name, parameter in module.named_parameters() if name != "bias"} == {torch.float16}
+    for name, parameter in module.named_parameters():
+        if name != "bias":
+            assert parameter.dtype == (torch.uint8 if name in module.scheme.integers else torch.float16)
     if fp16:
         assert torch.equal(module.weight, before)
     torch.testing.assert_close(module.weight, before, rtol=5e-3, atol=1e-4)
@@ -127,6 +134,38 @@ def test_refit_changes_scheme_and_latent() -> None:
     fresh = QuantLinear.quantize(nn.Linear(24, 16), SPECS[2])
     fresh.refit(SPECS[2], target)
     assert torch.equal(module.dequantize(), fresh.dequantize())
+
+
+@pytest.mark.parametrize("old", SPECS)
+def test_any_scheme_follows_any_other(old) -> None:
+    source = dense()
+    target = source.weight.detach() * 2
+    for new in SPECS:
+        module = QuantLinear.quantize(source, old)
+        module.refit(new, target)
+        fresh = QuantLinear.quantize(source, new)
+        fresh.refit(new, target)
+        assert set(module.state_dict()) == set(fresh.state_dict())
+        assert torch.equal(module.dequantize(), fresh.dequantize())
+        assert float((module.dequantize() - target).square().sum()) < 0.5 * float(target.square().sum())
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_weights_and_scales_of_any_scheme_train(spec) -> None:
+    module = QuantLinear.quantize(dense(), spec)
+    module.straight_through_fp16 = True
+    before = module.weight.detach().clone()
+    module(sample()).square().mean().backward()
+    sets = [name for name in ("weights", *module.scheme.trainable) if name != "magnitudes"]
+    for name in sets:
+        for parameter in module.trainable(name):
+            assert bool(torch.isfinite(parameter.grad).all()) and bool(parameter.grad.any())
+            with torch.no_grad():
+                parameter -= 0.02 * parameter.grad / parameter.grad.abs().max()
+    trained = module.weight.detach().clone()
+    assert not torch.equal(trained, before)
+    module.snap()
+    assert torch.equal(module.weight, trained)
 
 
 def test_unknown_set_and_infinite_weights_are_errors() -> None:

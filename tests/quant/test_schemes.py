@@ -13,6 +13,7 @@ from a1q.engine.registry import load_registry
 from a1q.errors import StageError
 from a1q.quant.build import complete, make_scheme
 from a1q.quant.scheme import Blockwise, Palettized
+from tests.quant.properties import said_by_hardware
 
 SPECS = [
     {"scheme": "lut_lowrank", "bits": 2},
@@ -113,22 +114,6 @@ def test_the_hardware_form_is_the_snapped_weight_bit_for_bit(spec) -> None:
     assert torch.equal(said_by_hardware(form), scheme.dequantize(snapped))
     kind = {"palette": Palettized, "blockwise": Blockwise}[scheme.hardware]
     assert isinstance(form, kind)
-
-
-def said_by_hardware(form: Palettized | Blockwise) -> torch.Tensor:
-    """The weight [out, in] by the definition of the form, in float32; fp16 throughout in what it holds."""
-    if isinstance(form, Blockwise):
-        assert (form.codes.dtype, form.zero.dtype, form.scale.dtype) == (torch.uint8, torch.uint8, torch.float16)
-        assert int(max(form.codes.max(), form.zero.max())) < 2**form.bits
-        codes = form.codes.reshape(*form.scale.shape, -1).float()
-        return (form.scale.float()[..., None] * (codes - form.zero.float()[..., None])).reshape(form.codes.shape)
-    assert form.lut.dtype == torch.float16
-    tables = form.lut.float().repeat_interleave(len(form.indices) // len(form.lut), 0)
-    weight = tables.gather(1, form.indices.long())
-    if form.a is None:
-        return weight
-    assert form.a.dtype == torch.float16
-    return weight * (form.a.float() if form.b is None else form.a.float() @ form.b.float())
 
 
 @each

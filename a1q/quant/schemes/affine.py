@@ -88,22 +88,21 @@ class Affine(Scheme):
         import torch
 
         from a1q.quant.importance import importance_of
-        from a1q.quant.uniform import blocked, search_scale, search_zero
+        from a1q.quant.uniform import range_scale, search_scale, search_scale_and_zero
 
         weight = weight.detach().float()
         importance = importance_of(weight, statistics)
         blocks = weight.reshape(len(weight), self.groups((weight.shape[0], weight.shape[1])), -1)
         low, high = blocks.amin(-1).clamp_max(0), blocks.amax(-1).clamp_min(0)
+        search, zero = self.config.fit == "mse", None
         if self.config.symmetric:
-            zero: Tensor | None = None
             scale = torch.maximum(-low / self.middle, high / (self.middle - 1))
+            if search:
+                scale = search_scale(weight, importance, scale, self.middle, self.top)
+        elif search:
+            scale, zero = search_scale_and_zero(weight, importance, low, high, self.top)
         else:
-            scale = (high - low) / self.top
-            zero = torch.where(scale > 0, -low / scale, 0.0).round().clamp(0, self.top)
-        if self.config.fit == "mse":
-            scale = search_scale(weight, importance, scale, self.middle if zero is None else zero, self.top)
-            if zero is not None:
-                scale, zero = search_zero(weight, importance, scale, zero, self.top)
+            scale, zero = range_scale(low, high, self.top)
         parts = {"scale": scale, "factor": torch.ones_like(scale)}
         if zero is not None:
             parts["zero"] = zero.to(torch.uint8)
