@@ -39,7 +39,7 @@ def resolve_rules(ctx: PlanContext, rules: Iterable[str], path: str, view: Model
         ctx.used_groups.add(name)
         found = matching(group, view)
         if not found:
-            ctx.mismatch(place, f"group {name!r} matches no module: {group.match}", _near_modules(group, view))
+            ctx.mismatch(place, f"group {name!r} matches no module: {group.match}", near_modules(group, view))
         elif group.expect is not None and len(found) != group.expect:
             ctx.mismatch(
                 place,
@@ -108,7 +108,8 @@ def _near_group(name: str, groups: Mapping[str, Group]) -> str:
     return f"groups of this recipe: {', '.join(groups)}" if groups else "this recipe has no groups"
 
 
-def _near_modules(group: Group, view: ModelView) -> str:
+def near_modules(group: Group, view: ModelView) -> str:
+    """What a user who meant other modules may want to read: the names nearest to the group's pattern."""
     if view.tied and compile_pattern(group.match).fullmatch("lm_head"):
         return "this model's head is tied to its embedding: they are one parameter, model.embed_tokens"
     plain = re.sub(r"\\(.)", r"\1", group.match.replace(r"\d+", "{}"))
