@@ -1,16 +1,15 @@
-"""`coreml`: a stateful decoder package for the Neural Engine, palettized from the model's own indices and tables."""
+"""`coreml`: stateful decoder packages for the Neural Engine, palettized from the model's own indices and tables."""
 
 from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from a1q.coreml.architecture import FAMILIES, MAX_DIMENSION, head_parts, problems, read_architecture
-from a1q.coreml.single import PACKAGE, STATE, Calls
+from a1q.coreml.architecture import problems, read_architecture
+from a1q.coreml.layouts import Layout, Options, Part, get_layout
+from a1q.coreml.thresholds import Verify
 from a1q.engine.artifact import Artifact
 from a1q.engine.exporter import Exporter
 from a1q.engine.stage import StageContext
@@ -19,27 +18,15 @@ from a1q.errors import StageError
 if TYPE_CHECKING:
     from torch import nn
 
-    from a1q.coreml.reader import Package
-    from a1q.coreml.verify import Comparison
+    from a1q.coreml.bundle import Bundle
+    from a1q.coreml.reference import Reference, Tokens
 
-SCHEMES = ("lut", "lut_lowrank")
-Precision = Literal["fp32", "fp16"]
-PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16")
-SIZE_TOLERANCE = 0.03
-"""How far the weight file may be from the theoretical size."""
+MEASURED = 256
+"""Tokens of text over which activations are measured."""
+SIZE_TOLERANCE = 0.01
+"""How far a weight file may be from its theoretical size."""
 SIZE_SLACK = 65536
 """Bytes it may always be off: headers and alignment of entries, which weigh in tiny models only."""
-
-
-@dataclass(frozen=True)
-class Verify:
-    """How the package is compared with the PyTorch model, and what it must reach."""
-
-    prompt: int
-    generate: int
-    min_cosine: float
-    min_cosine_fp16: float
-    min_agreement: float
 
 
 @dataclass(frozen=True)
@@ -49,18 +36,23 @@ class CoremlConfig:
     layout: str
     context: int
     prefill: int
+    chunks: int | None
+    head_parts: int | None
+    name: str | None
+    adapters: str
+    residual_scale: float | str
     verify: Verify | None
 
 
 class CoremlExporter(Exporter):
-    """Build the package, read it back, interpret it and compare."""
+    """Build the packages, read them back, interpret them and compare."""
 
     Config = CoremlConfig
 
     def refusals(self, view: Any, config: CoremlConfig) -> list[str]:
-        """Model type, dimensions, states and schemes."""
+        """Model type, dimensions, states, schemes and what the layout can't hold."""
         found = problems(view.config)
-        if view.config.get("model_type") not in FAMILIES:
+        if found:
             return found  # nothing else can be said of it
         if config.context % config.prefill:
             found.append(f"context {config.context} is not a multiple of prefill {config.prefill}")
@@ -69,157 +61,224 @@ class CoremlExporter(Exporter):
                 f"verify: a prompt of {config.verify.prompt} and {config.verify.generate} generated tokens do not fit "
                 f"a context of {config.context}"
             )
+        found += get_layout(config.layout).problems(view.config, _options(view, config), _head_step(view))
         modules = view.modules.values()
-        found += _head_problems(view)
         unsnapped = [module.name for module in modules if module.state == "quantized"]
         if unsnapped:
             found.append(
                 f"the coreml exporter takes snapped or dense modules; {_some(unsnapped)} still train: put a `snap` "
                 "stage before the export"
             )
-        foreign = [m.name for m in modules if m.scheme is not None and m.scheme["scheme"] not in SCHEMES]
-        if foreign:
-            found.append(f"the coreml exporter takes the schemes {', '.join(SCHEMES)}; {_some(foreign)} have another")
-        tables = [m.name for m in modules if m.scheme is not None and m.kind == "embedding"]
-        if tables:
-            found.append(f"the coreml exporter takes dense embeddings; quantized: {_some(tables)}")
-        return found
+        if config.adapters == "functions" and not any(module.adapter for module in modules):
+            found.append("adapters: functions needs unmerged adapters (`lora_recover` with `merge: adapter`)")
+        return found + _scheme_problems(view)
 
     def estimate(self, view: Any, config: CoremlConfig) -> int:
-        """The weights in theory, and the program that holds them together."""
-        return theoretical_bytes(view) + 100_000 + 200_000 * int(view.config.get("num_hidden_layers", 0))
+        """The weights in theory, and the programs that hold them together."""
+        from a1q.quant.bits import bpw_model
+
+        weights = int(bpw_model(view) * view.parameters / 8)
+        if config.layout != "single" and view.tied:  # the head is a package of its own
+            weights += 2 * int(view.config["vocab_size"]) * int(view.config["hidden_size"])
+        return weights + 100_000 + 200_000 * int(view.config.get("num_hidden_layers", 0))
 
     def export(self, model: Artifact, config: CoremlConfig, ctx: StageContext) -> None:
-        """Write the package, the tokenizer's files and meta.json.
-
-        Metrics: bytes, weight_bytes, theory_bytes, size_ratio, ops; with `verify` also, for fp32 and fp16,
-        cosine_*, cosine_mean_*, max_error_*, kl_*, greedy_agreement_*, overflows_*, and positions.
+        """Write the packages, the tokenizer's files and meta.json.
 
         Raises:
-            StageError: if a weight does not fit fp16, or the package read back is not what `verify` asks.
+            StageError: if a weight does not fit fp16, or a package read back is not what `verify` asks.
         """
-        from a1q.coreml.layouts import Options
+        from a1q.coreml.bundle import read_bundle
         from a1q.coreml.package import write_package
-        from a1q.coreml.reader import read_package
-        from a1q.coreml.single import build_program, outputs
+        from a1q.coreml.reference import references
         from a1q.coreml.weights import decoder_weights
         from a1q.models.checkpoint import copy_companions, load_model
         from a1q.models.view import read_view
 
         view = read_view(model.path)
-        architecture = read_architecture(view.config)
+        layout = get_layout(config.layout)
         loaded = load_model(model.path)
+        architecture = read_architecture(loaded.config.to_dict())
         weights = decoder_weights(loaded)
-        options = Options(config.context, config.prefill)
-        layout = Calls(config.prefill, outputs(architecture, weights, options))
-        ctx.log(f"writing {PACKAGE}: {architecture.layers} layers, context {config.context}")
-        built, total = itertools.count(1), 2 * architecture.layers
-        program = build_program(architecture, weights, options, lambda: ctx.progress(next(built), total))
-        write_package(program, ctx.out / PACKAGE)
-        del program, weights
+        options = _options(view, config, _residual_scale(loaded, model, config, ctx))
+        wanted = _tokens(model, architecture.vocabulary, config.verify)
+        expected = references(loaded, wanted)  # now, and the model goes: package and model at once are much memory
+        del loaded
+        parts = layout.parts(architecture, weights, options)
+        outputs = layout.outputs(architecture, weights, options)
+        ctx.log(f"writing {_packages(len(parts))}: {architecture.layers} layers, context {config.context}")
+        calls = sum(len(part.functions) * (part.layers[1] - part.layers[0]) for part in parts)
+        built = itertools.count(1)
+        for part in parts:
+            program = part.build(lambda: ctx.progress(next(built), calls))
+            write_package(program, ctx.out / part.file)
+            del program
+        del weights
         copy_companions(model.path, ctx.out)
-        package = read_package(ctx.out / PACKAGE)
-        (ctx.out / "meta.json").write_text(json.dumps(_meta(view, config, layout), indent=2) + "\n", encoding="utf-8")
-        self._measure_size(view, package, ctx)
+        meta = _meta(view, config, options, layout, parts, outputs)
+        (ctx.out / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+        layout.companions(ctx.out, meta, options)
+        bundle = read_bundle(ctx.out)
+        _measure(bundle, view, ctx)
         if config.verify is not None:
-            self._verify(loaded, model.path, package, layout, config.verify, ctx)
-
-    def _measure_size(self, view: Any, package: Package, ctx: StageContext) -> None:
-        theory = theoretical_bytes(view)
-        ctx.metrics.update(
-            bytes=sum(path.stat().st_size for path in ctx.out.rglob("*") if path.is_file()),
-            weight_bytes=package.weight_bytes,
-            theory_bytes=theory,
-            size_ratio=package.weight_bytes / theory,
-            ops=dict(sorted(package.operations.items())),
-        )
-
-    def _verify(
-        self, model: nn.Module, folder: Path, package: Package, layout: Calls, wanted: Verify, ctx: StageContext
-    ) -> None:
-        """Compare the package as read back with the PyTorch model."""
-        from a1q.coreml.verify import compare, prompt_tokens, reference_run
-
-        vocabulary = int(model.config.vocab_size)  # type: ignore[union-attr, arg-type]
-        reference = reference_run(model, prompt_tokens(folder, vocabulary, wanted.prompt), wanted.generate)
-        total = 2 * (2 * len(reference.tokens) - reference.prompt + -(-reference.prompt // layout.chunk))
-        calls = itertools.count(1)
-        comparisons = {
-            precision: compare(package.program, layout, reference, precision, lambda: ctx.progress(next(calls), total))
-            for precision in PRECISIONS
-        }
-        ctx.metrics["positions"] = len(reference.tokens)
-        for precision, comparison in comparisons.items():
-            ctx.metrics.update({f"{name}_{precision}": value for name, value in asdict(comparison).items()})
-        failures = _failures(comparisons, ctx.metrics, wanted)
-        if failures:
-            raise StageError("the Core ML package is not what the model is: " + "; ".join(failures))
+            _verify(bundle, expected, config.verify, ctx)
+            if options.adapter_functions:
+                _verify_base(bundle, model, config.verify, ctx)
 
 
-def theoretical_bytes(view: Any) -> int:
-    """Bytes of the weights: quantized modules at the bits of their scheme, everything else in fp16.
+def _options(view: Any, config: CoremlConfig, residual_scale: float = 1.0) -> Options:
+    return Options(
+        context=config.context,
+        prefill=config.prefill,
+        head_parts=config.head_parts,
+        chunks=config.chunks,
+        adapter_functions=config.adapters == "functions",
+        residual_scale=residual_scale,
+        name=config.name or str(view.config["model_type"]),
+    )
 
-    A tied head is stored once.
+
+def _residual_scale(model: nn.Module, source: Artifact, config: CoremlConfig, ctx: StageContext) -> float:
+    """The factor asked for, or the one that the activations on text ask for; both are noted."""
+    import numpy as np
+
+    from a1q.coreml.activations import measure, residual_scale
+    from a1q.coreml.reference import prompt_tokens
+
+    vocabulary = int(model.config.vocab_size)  # type: ignore[union-attr, arg-type]
+    tokens = prompt_tokens(source.path, vocabulary, min(config.context, MEASURED))
+    peaks = measure(model, np.array([tokens]))
+    scale = residual_scale(peaks) if config.residual_scale == "auto" else float(config.residual_scale)
+    ctx.metrics.update(peak_activation=peaks.stream(), residual_scale=scale, peaks=peaks.as_json()["layers"])
+    if scale != 1:
+        ctx.log(f"the residual stream is scaled by {scale:g}: its largest activation is {peaks.stream():,.0f}")
+    for place in peaks.beyond():
+        ctx.log(f"beyond fp16: {place}")
+    return scale
+
+
+def _tokens(source: Artifact, vocabulary: int, wanted: Verify | None) -> list[Tokens]:
+    """What the packages and the model are compared on."""
+    from a1q.coreml.reference import sequences
+
+    if wanted is None:
+        return []
+    return sequences(source.path, vocabulary, wanted.prompt, wanted.generate, wanted.random)
+
+
+def _verify(
+    bundle: Bundle, expected: list[Reference], wanted: Verify, ctx: StageContext, adapter: str | None = None
+) -> None:
+    """Compare the packages as read back with the PyTorch model.
+
+    Raises:
+        StageError: naming what was not reached.
     """
-    from a1q.quant.bits import module_bits
+    from a1q.coreml.verify import total_calls, verify_bundle
 
-    quantized = [module for module in view.modules.values() if module.scheme is not None]
-    dense = view.parameters - sum(module.shape[0] * module.shape[1] for module in quantized)
-    return 2 * dense + sum(module_bits(module) for module in quantized) // 8
-
-
-def _failures(found: Mapping[Precision, Comparison], metrics: Mapping[str, Any], wanted: Verify) -> list[str]:
-    """What of `wanted` was not reached."""
-    fp32, fp16 = found["fp32"], found["fp16"]
-    failures = []
-    for name, value, least in (
-        ("cosine in fp32", fp32.cosine, wanted.min_cosine),
-        ("cosine in fp16", fp16.cosine, wanted.min_cosine_fp16),
-        ("share of equal greedy tokens in fp32", fp32.greedy_agreement, wanted.min_agreement),
-    ):
-        if not value >= least:
-            failures.append(f"{name} is {value:.8f}, wanted at least {least}")
-    for precision, comparison in found.items():
-        if comparison.overflows:
-            failures.append(
-                f"{comparison.overflows} numbers are not finite in {precision}, the first in {comparison.overflow_at}"
-            )
-    excess = metrics["weight_bytes"] - metrics["theory_bytes"]
-    if abs(excess) > max(SIZE_TOLERANCE * metrics["theory_bytes"], SIZE_SLACK):
-        failures.append(
-            f"the weight file has {metrics['weight_bytes']:,} bytes where its bits say {metrics['theory_bytes']:,}"
-        )
-    return failures
+    total, calls = total_calls(expected, int(bundle.meta["prefill"])), itertools.count(1)
+    report = verify_bundle(bundle, expected, wanted, lambda: ctx.progress(next(calls), total), adapter)
+    ending = "" if adapter is None else f"_{adapter}"
+    ctx.metrics.update({f"{name}{ending}": value for name, value in report.metrics().items()})
+    if report.failures:
+        what = "the model" if adapter is None else "the model without its adapters"
+        raise StageError(f"the Core ML package is not what {what} is: " + "; ".join(report.failures))
 
 
-def _meta(view: Any, config: CoremlConfig, layout: Calls) -> dict[str, Any]:
-    """What a program that loads the package needs to know."""
-    quantized = {m.name: dict(m.scheme) for m in view.modules.values() if m.scheme is not None}
+def _verify_base(bundle: Bundle, source: Artifact, wanted: Verify, ctx: StageContext) -> None:
+    """The functions without adapters, compared with the model without them."""
+    from a1q.coreml.reference import folder_references
+
+    tokens = _tokens(source, bundle.vocabulary, wanted)
+    _verify(bundle, folder_references(source.path, tokens, adapters=False), wanted, ctx, "base")
+
+
+def _measure(bundle: Bundle, view: Any, ctx: StageContext) -> None:
+    """Sizes, operations and costs; a weight file of another size than its bits say fails the stage.
+
+    Raises:
+        StageError: naming the part.
+    """
+    from a1q.coreml.accounting import account_bundle
+
+    report = account_bundle(bundle, view.parameters)
+    theory = sum(part.theory_bytes or 0 for part in report.parts.values())
+    ctx.metrics.update(
+        bytes=sum(path.stat().st_size for path in ctx.out.rglob("*") if path.is_file()),
+        weight_bytes=report.weight_bytes,
+        theory_bytes=theory,
+        size_ratio=report.weight_bytes / theory,
+        bits_per_parameter=report.bits_per_parameter,
+        bytes_per_token=report.bytes_per_token,
+        multiply_adds_per_token=report.multiply_adds_per_token,
+        multiply_adds_ratio=report.multiply_adds_ratio,
+        parts={
+            part.name: {
+                "ops": {name: sum(function.operations.values()) for name, function in part.functions.items()},
+                "weight_bytes": part.weight_bytes,
+                "theory_bytes": part.theory_bytes,
+                "bits_per_weight": part.bits_per_weight,
+            }
+            for part in report.parts.values()
+        },
+    )
+    for part in report.parts.values():
+        wanted = part.theory_bytes or 0
+        if abs(part.weight_bytes - wanted) > max(SIZE_TOLERANCE * wanted, SIZE_SLACK):
+            raise StageError(f"the weight file of {part.name} has {part.weight_bytes:,} bytes, its bits say {wanted:,}")
+
+
+def _meta(
+    view: Any, config: CoremlConfig, options: Options, layout: Layout, parts: list[Part], outputs: list[str]
+) -> dict[str, Any]:
+    """What a program that loads the packages needs to know."""
     return {
-        "format": 1,
-        "package": PACKAGE,
+        "format": 2,
         "layout": config.layout,
+        "name": options.name,
         "model_type": view.config["model_type"],
         "context": config.context,
-        "functions": {"infer": 1, "prefill": layout.chunk},
-        "outputs": layout.outputs,
-        "state": STATE,
+        "prefill": config.prefill,
         "vocabulary": view.config["vocab_size"],
         "eos_token_id": view.config.get("eos_token_id"),
-        "schemes": quantized,
+        "state": layout.STATE,
+        "outputs": outputs,
+        "parts": [part.facts() for part in parts],
+        "schemes": {m.name: dict(m.scheme) for m in view.modules.values() if m.scheme is not None},
+        "residual_scale": options.residual_scale,
+        "adapters": ["base"] if options.adapter_functions else [],
     }
 
 
-def _head_problems(view: Any) -> list[str]:
-    """Whether the head can be cut into parts that the Neural Engine takes."""
-    vocabulary = int(view.config["vocab_size"])
-    head = view.modules.get("lm_head")
-    grouped = head is not None and head.scheme is not None and head.scheme.get("granularity") == "group"
-    step = int(head.scheme["channels"]) if grouped else 1
-    if head_parts(vocabulary, step):
-        return []
-    tables = f" of whole groups of {step} channels" if step > 1 else ""
-    return [f"a head of {vocabulary} rows can't be cut into equal parts{tables} of at most {MAX_DIMENSION} rows"]
+def _head_step(view: Any) -> int:
+    """Rows of the head that share one table of several."""
+    from a1q.quant.build import make_scheme
+
+    head = view.modules.get("model.embed_tokens" if view.tied else "lm_head")
+    if head is None or head.scheme is None:
+        return 1
+    tables = make_scheme(head.scheme).part_shapes(head.shape, snapped=True).get("lut", ())
+    return int(head.shape[0] // tables[0]) if len(tables) == 2 and tables[0] > 1 else 1
+
+
+def _scheme_problems(view: Any) -> list[str]:
+    """Modules whose scheme has no form that Core ML can hold."""
+    from a1q.quant.build import make_scheme
+
+    foreign: dict[str, list[str]] = {}
+    for module in view.modules.values():
+        if module.scheme is not None and not make_scheme(module.scheme).hardware:
+            bits = module.scheme.get("bits")
+            foreign.setdefault(f"{module.scheme['scheme']} at {bits} bits", []).append(module.name)
+    return [
+        f"Core ML can't hold {what} as these options say it: {_some(names)}; `lut`, `lut_lowrank` and `balanced` it "
+        "can, `convert` to one of them before the snap"
+        for what, names in foreign.items()
+    ]
+
+
+def _packages(count: int) -> str:
+    return "a package" if count == 1 else f"{count} packages"
 
 
 def _some(names: list[str]) -> str:

@@ -193,8 +193,8 @@ def _rotations(model: nn.Module, architecture: Architecture) -> dict[str, tuple[
     found = {}
     for kind in architecture.kinds:
         prefix = f"{kind}_" if hasattr(rotary, f"{kind}_inv_freq") else ""
-        frequency = getattr(rotary, f"{prefix}inv_freq").detach().float().numpy()  # type: ignore[union-attr, operator]
-        found[kind] = frequency, float(getattr(rotary, f"{prefix}attention_scaling", 1.0))  # type: ignore[arg-type]
+        frequency = getattr(rotary, f"{prefix}inv_freq").detach().float().numpy()
+        found[kind] = frequency, float(getattr(rotary, f"{prefix}attention_scaling", 1.0))
     return found
 
 
