@@ -1,167 +1,163 @@
-"""Compare a saved package with the PyTorch model it came from, off a Mac.
+"""Does an exported folder compute what its model computes? Found out without a Mac.
 
-The package is read back and interpreted twice over the same tokens, a prompt and the model's own greedy
-continuation: `infer` position by position through all of them, and `prefill` over the prompt followed by `infer`.
-Every logit vector that comes out is compared with the PyTorch model's, in fp32 and in emulated fp16.
+The packages as saved are run over a text, the model's own continuation of it, and random tokens, in two ways: token
+by token from the start, and `prefill` over the prompt followed by single tokens. Every logit vector that comes out is
+compared with the PyTorch model's, in fp32, which shows whether the graph is the model, and in emulated fp16, which
+shows whether the numbers fit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from a1q.coreml.interpreter import Interpreter, Precision, State
-from a1q.coreml.operations import Array
-from a1q.coreml.single import Calls
+from a1q.coreml.figures import Figures, Tally
+from a1q.coreml.reference import Reference
+from a1q.coreml.runner import InterpreterBackend, Runner, make_runner
+from a1q.coreml.thresholds import Verify
+from a1q.errors import UsageError
 
 if TYPE_CHECKING:
-    from torch import nn
+    from a1q.coreml.bundle import Bundle
+    from a1q.coreml.interpreter import Precision
+    from a1q.coreml.operations import Array
 
-
-PASSAGE = (
-    "The module reads a text file line by line and returns a list of the words it found. If the file does not "
-    "exist, an error is raised that names it. Every word is counted once, and the result is sorted by how often "
-    "it occurs, then by name. An optional argument limits how many of them are returned. "
-)
-"""What the prompt says, repeated as often as it needs."""
+PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16")
 
 
 @dataclass(frozen=True)
-class Reference:
-    """What the PyTorch model says."""
+class Report:
+    """What came out."""
 
-    tokens: Array
-    """int32 [prompt + generated]."""
-    prompt: int
-    """How many of them are the prompt; the rest the model chose greedily."""
-    logits: Array
-    """float32 [positions, vocabulary]."""
+    figures: Mapping[Precision, Figures]
+    failures: list[str]
+    """What of the thresholds was not reached, one sentence each; empty for a good package."""
+
+    def metrics(self) -> dict[str, Any]:
+        """All figures as `cosine_fp32`, ..."""
+        return {
+            f"{name}_{precision}": value
+            for precision, figures in self.figures.items()
+            for name, value in figures.as_json().items()
+        }
+
+
+def verify_bundle(
+    bundle: Bundle,
+    references: Sequence[Reference],
+    wanted: Verify,
+    tick: Callable[[], None] = lambda: None,
+    adapter: str | None = None,
+) -> Report:
+    """Interpret a bundle in fp32 and in fp16, one after the other, and compare.
+
+    Args:
+        tick: called after every call of the runner; `total_calls` says how often.
+        adapter: see `runner.make_runner`.
+
+    Raises:
+        UsageError: if the tokens do not fit the package's context.
+    """
+    check_length(bundle, [len(reference.tokens) for reference in references])
+    figures = {}
+    for precision in PRECISIONS:
+        backend = InterpreterBackend(bundle, precision)
+        found = compare(make_runner(bundle, backend, adapter), references, tick)
+        figures[precision] = found.figures(backend.overflows)
+    return Report(figures, failures(figures, wanted))
+
+
+def check_length(bundle: Bundle, lengths: Sequence[int]) -> None:
+    """Refuse tokens that the cache can't hold.
+
+    Raises:
+        UsageError: with both numbers.
+    """
+    if max(lengths) > bundle.context:
+        raise UsageError(
+            f"{max(lengths)} tokens, prompt and continuation, do not fit the package's context of {bundle.context}"
+        )
+
+
+def total_calls(references: Sequence[Reference], prefill: int) -> int:
+    """How often `verify_bundle` ticks."""
+    return len(PRECISIONS) * sum(
+        2 * len(reference.tokens) - reference.prompt + 1 + (reference.prompt > prefill) for reference in references
+    )
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """How far one interpretation is from the reference."""
+    """The logits of a runner beside those of the model."""
 
-    cosine: float
-    """Smallest cosine of a logit vector over all positions and both ways."""
-    cosine_mean: float
-    max_error: float
-    """Largest difference of a logit."""
-    kl: float
-    """Mean KL divergence in nats, reference to package."""
-    greedy_agreement: float
-    """Share of the generated tokens that are the package's first choice too; 1 if it would write the same text."""
-    overflows: int
-    """Numbers that were not finite."""
-    overflow_at: str
-    """The first operation that had one."""
+    tally: Tally
+    same: int
+    """Tokens of the model's continuations that the runner wrote too before it first differed."""
+    written: int
+    """Tokens of the model's continuations."""
+
+    def figures(self, overflows: Mapping[str, int]) -> Figures:
+        """All figures, with the numbers that were not finite by operation."""
+        return self.tally.figures(self.same / self.written if self.written else 1.0, overflows)
 
 
-def prompt_tokens(folder: Path, vocabulary: int, count: int) -> list[int]:
-    """`count` tokens of English text in the tokenizer of a model folder; without one, of a fixed random sequence."""
-    if (folder / "tokenizer.json").is_file():
-        from tokenizers import Tokenizer
-
-        tokens = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(PASSAGE, add_special_tokens=False).ids
-        if tokens and max(tokens) < vocabulary:
-            return (tokens * -(-count // len(tokens)))[:count]
-    return np.random.default_rng(0).integers(0, vocabulary, count).tolist()
-
-
-def reference_run(model: nn.Module, prompt: Sequence[int], generate: int) -> Reference:
-    """Let the PyTorch model continue `prompt` greedily by `generate` tokens, in float32."""
-    import torch
-
-    model = model.eval().float()
-    with torch.inference_mode():
-        tokens = torch.tensor([list(prompt)])
-        for _ in range(generate):
-            choice = model(tokens, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)
-            tokens = torch.cat([tokens, choice], dim=1)
-        logits = model(tokens, use_cache=False).logits[0].float().numpy()
-    return Reference(tokens[0].numpy().astype(np.int32), len(prompt), logits)
+def compare(runner: Runner, references: Sequence[Reference], tick: Callable[[], None] = lambda: None) -> Comparison:
+    """Run the references' tokens, both ways, and compare every logit vector."""
+    tally, same = Tally(), 0
+    for reference in references:
+        choices = {}
+        for position, logits in _both_ways(runner, reference):
+            tally.add(reference.logits[position], reference.rounded[position], logits)
+            choices[position] = int(logits.argmax())  # of the second way, which is the one that an app goes
+            tick()
+        same += _same_words(reference, choices)
+    return Comparison(tally, same, sum(reference.written for reference in references))
 
 
-def compare(
-    program: Any,
-    layout: Calls,
-    reference: Reference,
-    precision: Precision,
-    tick: Callable[[], None] = lambda: None,
-) -> Comparison:
-    """Interpret `program` over the reference's tokens and compare.
+def _both_ways(runner: Runner, reference: Reference) -> Iterator[tuple[int, Array]]:
+    """(position, logits after it): token by token; then prefill over the prompt and token by token from there."""
+    tokens = reference.tokens.tolist()
+    runner.reset()
+    for position, token in enumerate(tokens):
+        yield position, runner.step(token)
+    chunk = int(runner.bundle.meta["prefill"])
+    if reference.prompt > chunk:  # a full chunk by itself: the prompt's last one is mostly padding
+        yield chunk - 1, runner.prefill(tokens[:chunk])
+    yield reference.prompt - 1, runner.prefill(tokens[: reference.prompt])
+    for position in range(reference.prompt, len(tokens)):
+        yield position, runner.step(tokens[position])
 
-    Args:
-        tick: called after every call of a function.
+
+def _same_words(reference: Reference, choices: Mapping[int, int]) -> int:
+    """How many tokens of the model's continuation the runner writes by itself before it first differs.
+
+    `choices` by position were made while it was fed the model's own tokens. Up to the first difference that is the same
+    as writing freely, so there is nothing to run again.
     """
-    interpreter = Interpreter(program, precision)
-    tokens, prompt = reference.tokens, reference.prompt
-    stepped = {}
-    state = interpreter.new_state()
-    for position in range(len(tokens)):
-        stepped[position] = _infer(interpreter, layout, tokens, position, state)
-        tick()
-    filled = {}
-    state = interpreter.new_state()
-    for start in range(0, prompt, layout.chunk):
-        stop = min(start + layout.chunk, prompt)
-        filled[stop - 1] = _prefill(interpreter, layout, tokens[start:stop], start, state)
-        tick()
-    for position in range(prompt, len(tokens)):
-        filled[position] = _infer(interpreter, layout, tokens, position, state)
-        tick()
-
-    places = np.array([*stepped, *filled])
-    found = np.stack([*stepped.values(), *filled.values()]).astype(np.float64)
-    expected = reference.logits[places].astype(np.float64)
-    cosine = _cosine(expected, found)
-    choosing = range(prompt - 1, len(tokens) - 1)
-    agreement = [filled[place].argmax() == tokens[place + 1] for place in choosing]
-    return Comparison(
-        cosine=float(cosine.min()),
-        cosine_mean=float(cosine.mean()),
-        max_error=float(np.abs(expected - found).max()),
-        kl=float(_kl(expected, found).mean()),
-        greedy_agreement=float(np.mean(agreement)) if agreement else 1.0,
-        overflows=sum(interpreter.overflows.values()),
-        overflow_at=next(iter(interpreter.overflows), ""),
-    )
+    end = len(reference.tokens)
+    places = range(end - reference.written, end)
+    wrong = (i for i, place in enumerate(places) if choices[place - 1] != reference.tokens[place])
+    return next(wrong, reference.written)
 
 
-def _infer(interpreter: Interpreter, layout: Calls, tokens: Array, position: int, state: State) -> Array:
-    inputs = {"input_ids": tokens[None, position : position + 1], "position": np.array([position], np.int32)}
-    return _logits(interpreter.run("infer", inputs, state), layout)
-
-
-def _prefill(interpreter: Interpreter, layout: Calls, tokens: Array, start: int, state: State) -> Array:
-    """One chunk, padded with token 0; the logits after its last token."""
-    padded = np.zeros((1, layout.chunk), np.int32)
-    padded[0, : len(tokens)] = tokens
-    inputs = {"input_ids": padded, "position": np.array([start], np.int32), "last": np.array([len(tokens) - 1])}
-    return _logits(interpreter.run("prefill", inputs, state), layout)
-
-
-def _logits(outputs: dict[str, Array], layout: Calls) -> Array:
-    return np.concatenate([outputs[name][0, 0] for name in layout.outputs])
-
-
-def _cosine(expected: Array, found: Array) -> Array:
-    """Cosine per row; 0 where numbers are not finite."""
-    norms = np.linalg.norm(expected, axis=1) * np.linalg.norm(found, axis=1)
-    with np.errstate(invalid="ignore"):
-        return np.nan_to_num((expected * found).sum(axis=1) / norms, nan=0.0, posinf=0.0, neginf=0.0)
-
-
-def _kl(expected: Array, found: Array) -> Array:
-    """KL divergence per row in nats, of the softmax of `found` from that of `expected`."""
-    p, q = _log_softmax(expected), _log_softmax(found)
-    return (np.exp(p) * (p - q)).sum(axis=1)
-
-
-def _log_softmax(x: Array) -> Array:
-    shifted = x - x.max(axis=1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+def failures(figures: Mapping[Precision, Figures], wanted: Verify) -> list[str]:
+    """What was not reached, as sentences."""
+    fp32, fp16 = figures["fp32"], figures["fp16"]
+    found = []
+    for name, value, least in (
+        ("cosine in fp32", fp32.cosine, wanted.min_cosine),
+        ("cosine in fp16", fp16.cosine, wanted.min_cosine_fp16),
+        ("share of equal greedy tokens in fp32", fp32.greedy_agreement, wanted.min_agreement),
+    ):
+        if not value >= least:
+            found.append(f"{name} is {value:.8f}, wanted at least {least}")
+    if not fp32.relative_error <= wanted.max_error:
+        found.append(
+            f"a logit in fp32 is off by {fp32.relative_error:.2g} standard deviations, wanted at most "
+            f"{wanted.max_error}"
+        )
+    for precision, item in figures.items():
+        if item.overflows:
+            found.append(f"{item.overflows} numbers are not finite in {precision}, the first in {item.overflow_at}")
+    return found

@@ -1,0 +1,24 @@
+"""A model for reading only: dense weights where quantized modules were."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def write_out(model: Any) -> None:
+    """Replace quantized linears and heads tied to a quantized embedding by dense ones of the same weights, adapters
+    added: one dequantization instead of one a token. Quantized embeddings stay, as they look up single rows."""
+    from torch import nn
+
+    from a1q.quant.linear import QuantLinear
+    from a1q.quant.tied import TiedHead, swap_module
+
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, QuantLinear | TiedHead):
+            continue
+        weight = module.weight.detach()
+        if isinstance(module, QuantLinear):
+            weight = weight + module.adapter_delta()
+        dense: Any = nn.Linear(1, 1)
+        dense.weight, dense.bias = nn.Parameter(weight, requires_grad=False), module.bias
+        swap_module(model, name, dense)
