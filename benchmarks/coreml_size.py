@@ -95,7 +95,9 @@ def write_model(folder: Path, layers: int, mlp_rank: int, attention_rank: int) -
         tensors.update({f"{name}.{part}": value.astype(np.float16) for part, value in (("lut", table), ("a", a))})
         tensors[f"{name}.b"] = np.ascontiguousarray(b.T).astype(np.float16)
         spec = complete({"scheme": "lut_lowrank", "bits": bits, "rank": rank})
-        modules[name] = {"state": "snapped", "scheme": spec, "shape": [*shape], "adapter": None, "fp16": False}
+        kind = "embedding" if name == EMBEDDING else "linear"
+        facts = {"kind": kind, "state": "snapped", "scheme": spec, "shape": [*shape], "adapter": None, "fp16": False}
+        modules[name] = facts
 
     quantized(EMBEDDING, (VOCABULARY, HIDDEN), 4, 1)
     for layer in range(layers):
