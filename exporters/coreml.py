@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from a1q.coreml import repalettize
 from a1q.coreml.architecture import problems, read_architecture
 from a1q.coreml.layouts import Layout, Options, Part, get_layout
 from a1q.coreml.thresholds import Verify
@@ -40,6 +42,7 @@ class CoremlConfig:
     head_parts: int | None
     name: str | None
     adapters: str
+    repalettize: Mapping[str, Mapping[str, Any]]
     residual_scale: float | str
     verify: Verify | None
 
@@ -54,6 +57,10 @@ class CoremlExporter(Exporter):
         found = problems(view.config)
         if found:
             return found  # nothing else can be said of it
+        found = repalettize.problems(config.repalettize, view)
+        if found:
+            return found
+        view = repalettize.planned(config.repalettize, view)
         if config.context % config.prefill:
             found.append(f"context {config.context} is not a multiple of prefill {config.prefill}")
         if config.verify is not None and config.verify.prompt + config.verify.generate > config.context:
@@ -77,6 +84,7 @@ class CoremlExporter(Exporter):
         """The weights in theory, and the programs that hold them together."""
         from a1q.quant.bits import bpw_model
 
+        view = repalettize.planned(config.repalettize, view)
         weights = int(bpw_model(view) * view.parameters / 8)
         if config.layout != "single" and view.tied:  # the head is a package of its own
             weights += 2 * int(view.config["vocab_size"]) * int(view.config["hidden_size"])
@@ -99,6 +107,8 @@ class CoremlExporter(Exporter):
         layout = get_layout(config.layout)
         loaded = load_model(model.path)
         architecture = read_architecture(loaded.config.to_dict())
+        if config.repalettize:
+            view = _repalettize(loaded, model, view, config, ctx)
         weights = decoder_weights(loaded)
         options = _options(view, config, _residual_scale(loaded, model, config, ctx))
         wanted = _tokens(model, architecture.vocabulary, config.verify)
@@ -138,16 +148,34 @@ def _options(view: Any, config: CoremlConfig, residual_scale: float = 1.0) -> Op
     )
 
 
-def _residual_scale(model: nn.Module, source: Artifact, config: CoremlConfig, ctx: StageContext) -> float:
-    """The factor asked for, or the one that the activations on text ask for; both are noted."""
+def _repalettize(model: nn.Module, source: Artifact, view: Any, config: CoremlConfig, ctx: StageContext) -> Any:
+    """Fit the modules named anew, and say what it cost; returns the view of what `model` is now."""
+    tokens = _text(source, model, config)
+    loss = repalettize.repalettize(model, config.repalettize, view, tokens, ctx.seed, ctx.progress)
+    found = loss.as_json()
+    ctx.metrics["repalettized"] = found
+    ctx.log(
+        f"{len(loss.modules)} modules fitted anew: {found['bytes_before']:,} -> {found['bytes_after']:,} bytes, "
+        f"KL {loss.kl:.3g}, same first choice at {loss.agreement:.1%} of {loss.positions} positions"
+    )
+    return repalettize.planned(config.repalettize, view)
+
+
+def _text(source: Artifact, model: nn.Module, config: CoremlConfig) -> Any:
+    """A sequence of real text, integers [1, n], on which a model is measured."""
     import numpy as np
 
-    from a1q.coreml.activations import measure, residual_scale
     from a1q.coreml.reference import prompt_tokens
 
     vocabulary = int(model.config.vocab_size)  # type: ignore[union-attr, arg-type]
-    tokens = prompt_tokens(source.path, vocabulary, min(config.context, MEASURED))
-    peaks = measure(model, np.array([tokens]))
+    return np.array([prompt_tokens(source.path, vocabulary, min(config.context, MEASURED))])
+
+
+def _residual_scale(model: nn.Module, source: Artifact, config: CoremlConfig, ctx: StageContext) -> float:
+    """The factor asked for, or the one that the activations on text ask for; both are noted."""
+    from a1q.coreml.activations import measure, residual_scale
+
+    peaks = measure(model, _text(source, model, config))
     scale = residual_scale(peaks) if config.residual_scale == "auto" else float(config.residual_scale)
     ctx.metrics.update(peak_activation=peaks.stream(), residual_scale=scale, peaks=peaks.as_json()["layers"])
     if scale != 1:
@@ -246,6 +274,7 @@ def _meta(
         "parts": [part.facts() for part in parts],
         "schemes": {m.name: dict(m.scheme) for m in view.modules.values() if m.scheme is not None},
         "residual_scale": options.residual_scale,
+        "repalettized": {name: dict(rule) for name, rule in config.repalettize.items()},
         "adapters": ["base"] if options.adapter_functions else [],
     }
 
@@ -265,16 +294,12 @@ def _scheme_problems(view: Any) -> list[str]:
     """Modules whose scheme has no form that Core ML can hold."""
     from a1q.quant.build import make_scheme
 
-    foreign: dict[str, list[str]] = {}
-    for module in view.modules.values():
-        if module.scheme is not None and not make_scheme(module.scheme).hardware:
-            bits = module.scheme.get("bits")
-            foreign.setdefault(f"{module.scheme['scheme']} at {bits} bits", []).append(module.name)
-    return [
-        f"Core ML can't hold {what} as these options say it: {_some(names)}; `lut`, `lut_lowrank` and `balanced` it "
-        "can, `convert` to one of them before the snap"
-        for what, names in foreign.items()
-    ]
+    foreign = [m for m in view.modules.values() if m.scheme is not None and not make_scheme(m.scheme).hardware]
+    if not foreign:
+        return []
+    schemes = " or ".join(sorted({f"{m.scheme['scheme']} at {m.scheme['bits']} bits" for m in foreign}))
+    names = _some([module.name for module in foreign])
+    return [f"Core ML can't hold {schemes} with these options: {names}; {repalettize.advice(foreign)}"]
 
 
 def _packages(count: int) -> str:
