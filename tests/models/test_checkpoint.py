@@ -14,10 +14,14 @@ from safetensors.torch import load_file, save_file
 
 from a1q.errors import StageError
 from a1q.models.checkpoint import load_model, save_model
-from a1q.quant.linear import QuantLinear, quantized_modules, swap_module
-from tests.tiny import tiny_folder, tiny_model, write_tokenizer
+from a1q.models.view import read_view
+from a1q.quant.embedding import QuantEmbedding
+from a1q.quant.linear import QuantLinear
+from a1q.quant.module import quantized_modules
+from a1q.quant.tied import TiedHead, swap_module
+from tests.tiny import tiny_family, tiny_folder, tiny_model, write_tokenizer
 
-WEIGHTS = "model.safetensors"
+WEIGHTS, TABLE = "model.safetensors", "model.embed_tokens"
 Q, UP, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj", "model.layers.1.mlp.down_proj"
 
 
@@ -106,6 +110,61 @@ def test_tied_weights_stay_tied(tmp_path: Path) -> None:
     save_model(quantized_model(), tmp_path)
     model = load_model(tmp_path)
     assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("snapped", [False, True])
+def test_a_quantized_embedding_loads_equal_and_stays_tied(tmp_path: Path, tied: bool, snapped: bool) -> None:
+    model = tiny_model(tie_word_embeddings=tied)
+    table = QuantEmbedding.quantize(model.model.embed_tokens, {"scheme": "lut_lowrank", "bits": 4, "rank": 2})
+    swap_module(model, TABLE, table)
+    if snapped:
+        table.snap()
+        for parameter in model.parameters():
+            parameter.data = parameter.data.half().float() if parameter.dtype == torch.float32 else parameter.data
+    save_model(model, tmp_path)
+    names = set(load_file(tmp_path / WEIGHTS))
+    assert {f"{TABLE}.indices", f"{TABLE}.lut", f"{TABLE}.a", f"{TABLE}.b"} <= names
+    assert not names & {f"{TABLE}.weight", f"{TABLE}.embed_scale", *(["lm_head.weight"] if tied else [])}
+    with safe_open(tmp_path / WEIGHTS, framework="pt") as file:
+        fact = json.loads(file.metadata()["a1q"])["modules"][TABLE]
+    assert (fact["kind"], fact["shape"]) == ("embedding", [320, 64])
+    found = load_model(tmp_path)
+    assert torch.equal(logits(found), logits(model))
+    assert isinstance(found.lm_head, TiedHead) == tied
+    assert not tied or found.lm_head.source is found.model.embed_tokens
+    assert found.model.embed_tokens.padding_idx == model.model.embed_tokens.padding_idx == 0
+    view = read_view(tmp_path)
+    assert view.tied == tied and view.modules[TABLE].kind == "embedding"
+    assert view.parameters == sum(parameter.numel() for parameter in tiny_model(tie_word_embeddings=tied).parameters())
+
+
+def test_a_scaled_embedding_is_scaled_after_reading(tmp_path: Path) -> None:
+    model = tiny_family("gemma3_text")
+    swap_module(model, TABLE, QuantEmbedding.quantize(model.model.embed_tokens, {"scheme": "lut", "bits": 6}))
+    save_model(model, tmp_path)
+    found = load_model(tmp_path)
+    assert torch.equal(logits(found), logits(model))
+    assert float(found.model.embed_tokens.embed_scale) == 8
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda fact: fact.pop("kind"), "called a linear, the model's is a Embedding"),
+        (lambda fact: fact.update(kind="table"), "called a table, the model's is a Embedding"),
+    ],
+)
+def test_a_module_of_another_kind_is_refused(tmp_path: Path, change: Any, message: str) -> None:
+    model = tiny_model()
+    swap_module(model, TABLE, QuantEmbedding.quantize(model.model.embed_tokens, {"scheme": "lut", "bits": 4}))
+    save_model(model, tmp_path)
+    with safe_open(tmp_path / WEIGHTS, framework="pt") as file:
+        header = json.loads(file.metadata()["a1q"])
+    change(header["modules"][TABLE])
+    save_file(load_file(tmp_path / WEIGHTS), tmp_path / WEIGHTS, metadata={"a1q": json.dumps(header)})
+    with pytest.raises(StageError, match=f"{TABLE} is {message}"):
+        load_model(tmp_path)
 
 
 def damaged(folder: Path, change: Any) -> Path:
