@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from a1q.coreml.costs import FunctionCosts, function_costs
-from a1q.coreml.spec import Constant, Function, Operation, WeightFile, load_spec, read_functions, weight_file
+from a1q.coreml.spec import Constant, Function, Operation, WeightFile, read_functions, weight_file
+from a1q.coreml.weightfile import read_spec
 from a1q.engine.files import tree_size
 
 if TYPE_CHECKING:
@@ -153,9 +154,9 @@ def account_part(
         theory_bytes: what the weights should take.
 
     Raises:
-        ValueError: if the weight file is truncated.
+        ValueError: if the package is damaged or truncated.
     """
-    functions = read_functions(load_spec(path))
+    functions = read_functions(read_spec(path))
     file = weight_file(path)
     weights = collect_weights(functions.values())
     by_kind = dict.fromkeys(KINDS, 0)

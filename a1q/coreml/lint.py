@@ -22,12 +22,12 @@ from a1q.coreml.spec import (
     Operation,
     Tensor,
     WeightFile,
-    load_spec,
     numbers,
     read_functions,
     weight_file,
 )
 from a1q.coreml.toolkit import SPECIFICATION
+from a1q.coreml.weightfile import read_spec
 from a1q.engine.files import tree_size
 
 if TYPE_CHECKING:
@@ -115,9 +115,9 @@ def lint_package(path: Path, part: str = "model") -> list[Finding]:
     """Look through one .mlpackage; the worst first.
 
     Raises:
-        ValueError: if the weight file is truncated.
+        ValueError: if the package is damaged or truncated.
     """
-    return lint_spec(load_spec(path), weight_file(path), tree_size(path), part)
+    return lint_spec(read_spec(path), weight_file(path), tree_size(path), part)
 
 
 def lint_spec(spec: Any, weights: WeightFile, package_bytes: int, part: str = "model") -> list[Finding]:

@@ -7,7 +7,6 @@ a weight can only be seen here: they do when both name the same offset of the we
 from __future__ import annotations
 
 import math
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from a1q.coreml.reader import WEIGHTS
-from a1q.coreml.toolkit import coremltools
+from a1q.coreml.weightfile import ENTRY, SENTINEL
 
 BITS = {
     "bool": 8, "fp16": 16, "fp32": 32, "fp64": 64, "bf16": 16,
@@ -25,9 +24,6 @@ BITS = {
     "uint1": 1, "uint2": 2, "uint3": 3, "uint4": 4, "uint6": 6, "uint8": 8, "uint16": 16, "uint32": 32, "uint64": 64,
 }  # fmt: skip
 """Bits of one stored number, by type."""
-BLOB_HEADER = struct.Struct("<IIQQ")
-"""Of an entry of the weight file: sentinel, type, bytes, offset of the data."""
-SENTINEL = 0xDEADBEEF
 
 
 @dataclass(frozen=True)
@@ -126,17 +122,12 @@ class WeightFile:
         """
         with open(self.path, "rb") as file:
             file.seek(offset)
-            header = file.read(BLOB_HEADER.size)
-        if len(header) == BLOB_HEADER.size:
-            sentinel, _, size, begin = BLOB_HEADER.unpack(header)
+            header = file.read(ENTRY.size)
+        if len(header) == ENTRY.size:
+            sentinel, _, size, begin, _ = ENTRY.unpack(header)
             if sentinel == SENTINEL and begin + size <= self.size:
                 return np.memmap(self.path, np.uint8, "r", begin, (size,)) if size else np.zeros(0, np.uint8)
         raise ValueError(f"{self.path} has no whole entry at {offset}")
-
-
-def load_spec(path: Path) -> Any:
-    """The specification message (`Model`) of an .mlpackage."""
-    return coremltools().models.utils.load_spec(str(path))
 
 
 def weight_file(path: Path) -> WeightFile:

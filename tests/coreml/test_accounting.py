@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from a1q.coreml.accounting import HEAD, KINDS, account_part, rows, summarize
-from a1q.coreml.spec import load_spec, read_functions, weight_file
+from a1q.coreml.spec import read_functions, weight_file
+from a1q.coreml.weightfile import read_spec
 from tests.coreml.programs import const, write_program
 
 X = {"x": ((1, 64, 1, 1), "fp16")}
@@ -64,7 +65,7 @@ def test_every_byte_of_the_weight_file_has_a_place(form):
     for name in ("dense", "tensor-2", "rank-3"):
         part = report(form, name)
         assert tuple(part.bytes_by_kind) == KINDS
-        functions = read_functions(load_spec(form(name, True)[1].path))
+        functions = read_functions(read_spec(form(name, True)[1].path))
         constants = {
             constant.offset: constant.tensor.bytes
             for function in functions.values()

@@ -9,7 +9,8 @@ import pytest
 from a1q.coreml import lint, rules
 from a1q.coreml.lint import lint_package, lint_spec
 from a1q.coreml.rules import FIELD, RULES, SEVERITIES
-from a1q.coreml.spec import load_spec, weight_file
+from a1q.coreml.spec import weight_file
+from a1q.coreml.weightfile import read_spec
 from tests.coreml.programs import const, write_program
 
 X = {"x": ((1, 64, 1, 32), "fp16")}
@@ -189,7 +190,7 @@ def edited(tmp_path):
         path = tmp_path / "program.mlpackage"
         if not path.exists():
             write(tmp_path, build, inputs, states)
-        spec = load_spec(path)
+        spec = read_spec(path)
         edit(spec)
         return {f.rule: f for f in lint_spec(spec, weight_file(path), package_bytes)}
 
