@@ -20,8 +20,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from a1q.engine.matching import matching, near_modules, summarize
 from a1q.engine.stage import Group
 from a1q.errors import StageError
@@ -158,6 +156,7 @@ def repalettize(
     Raises:
         StageError: if a weight is not finite, or the rules name no module.
     """
+    import numpy as np
     from torch import nn
 
     from a1q.quant.embedding import QuantEmbedding
@@ -197,6 +196,8 @@ def repalettize(
 
 def _compared(before: Array, after: Array) -> Array:
     """KL divergence, largest difference, and whether the first choice is the same: [3, L] from [L, vocabulary]."""
+    import numpy as np
+
     from a1q.coreml.figures import log_softmax
 
     rows = []

@@ -6,16 +6,25 @@ import sys
 
 import pytest
 
+from a1q.coreml.activations import STREAM
 from a1q.engine.artifact import Artifact
 from a1q.engine.config import build_config
 from a1q.errors import Interrupted, StageError
-from a1q.exporters.coreml import PACKAGE, CoremlConfig, CoremlExporter, theoretical_bytes
+from a1q.exporters.coreml import CoremlConfig, CoremlExporter
 from a1q.models.view import ModelView, ModuleView
 from tests.coreml.models import SCHEMES, decoder
 from tests.exporters.conftest import context, save
 from tests.tiny import write_tokenizer
 
-VERIFY = {"prompt": 40, "generate": 24, "min_cosine": 0.9999, "min_cosine_fp16": 0.999, "min_agreement": 1.0}
+PACKAGE = "model.mlpackage"
+VERIFY = {
+    "prompt": 40, "generate": 24, "random": 16, "min_cosine": 0.9999, "min_cosine_fp16": 0.999, "max_error": 0.01,
+    "min_agreement": 1.0,
+}  # fmt: skip
+OPTIONS = {
+    "layout": "single", "context": 128, "prefill": 32, "chunks": None, "head_parts": None, "name": None,
+    "adapters": "inside", "repalettize": {}, "residual_scale": "auto", "verify": VERIFY,
+}  # fmt: skip
 CONFIG = {
     "model_type": "qwen3", "vocab_size": 2048, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4,
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "tie_word_embeddings": True,
@@ -24,7 +33,7 @@ RANK_1 = {"scheme": "lut_lowrank", "bits": 4, "rank": 1}
 
 
 def config(**changes) -> CoremlConfig:
-    return build_config(CoremlConfig, {"layout": "single", "context": 128, "prefill": 32, "verify": VERIFY} | changes)
+    return build_config(CoremlConfig, OPTIONS | changes)
 
 
 def view(*modules: ModuleView, **changes) -> ModelView:
@@ -54,13 +63,26 @@ def test_dense_and_snapped_modules_are_welcome():
     ("model", "options", "message"),
     [
         (view(up_proj(state="quantized", scheme=RANK_1)), {}, "up_proj still train: put a `snap` stage before"),
-        (view(up_proj(state="snapped", scheme={"scheme": "affine"})), {}, "takes the schemes lut, lut_lowrank"),
         (
-            view(ModuleView("model.embed_tokens", (2048, 256), "embedding", "snapped", RANK_1)),
+            view(up_proj(state="snapped", scheme={"scheme": "affine", "bits": 3, "symmetric": False})),
             {},
-            "takes dense embeddings",
+            "Core ML can't hold affine at 3 bits with these options: model.layers.0.mlp.up_proj; `lut`, `lut_lowrank`",
         ),
-        (view(model_type="gpt2"), {}, "knows no model type 'gpt2'; it supports: qwen3"),
+        (view(model_type="gpt2"), {}, "knows no model type 'gpt2'; it supports: gemma3_text"),
+        (
+            view(),
+            {"head_parts": 7},
+            "head_parts 7 does not divide a head of 2048 rows into equal parts; these do: 1, 2, 4, 8",
+        ),
+        (view(vocab_size=65536), {"head_parts": 2}, "gives 32768 rows each"),
+        (view(), {"chunks": 2}, "`chunks` divides the layers of layout `anemll`"),
+        (view(), {"layout": "anemll", "chunks": 5}, "chunks is 5, but there are 4 layers"),
+        (view(), {"adapters": "functions"}, "adapters: functions needs unmerged adapters"),
+        (
+            view(),
+            {"repalettize": {"table": {"match": "model.embed", "scheme": "lut", "bits": 4}}},
+            "repalettize.table matches no module",
+        ),
         (view(vocab_size=16411), {}, "a head of 16411 rows can't be cut into equal parts of at most 16384 rows"),
         (view(head_dim=72), {}, "head_dim 72 is not a multiple of 32"),
         (view(), {"context": 160, "prefill": 64}, "context 160 is not a multiple of prefill 64"),
@@ -85,13 +107,9 @@ def test_planning_imports_neither_torch_nor_coremltools():
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
-def test_theory_counts_bits_of_schemes_and_two_bytes_for_the_rest():
-    snapped = up_proj(state="snapped", scheme=RANK_1, adapter=4)
-    expected = 256 * 256 // 2 + 2 * (16 + 256 + 256) + 2 * 4 * (256 + 256)
-    assert theoretical_bytes(view(snapped)) == 2 * 2048 * 256 + expected
-    assert theoretical_bytes(view(up_proj())) == 2 * (2048 * 256 + 65536)
-    tied_in_two_parts = view(up_proj(), vocab_size=16386)
-    assert theoretical_bytes(tied_in_two_parts) == 2 * (2048 * 256 + 65536 + 16386 * 256)
+def test_quantized_embeddings_are_welcome():
+    table = ModuleView("model.embed_tokens", (2048, 256), "embedding", "snapped", RANK_1)
+    assert CoremlExporter().refusals(view(table), config()) == []
 
 
 # -- export ------------------------------------------------------------------------------------------------------
@@ -113,7 +131,7 @@ def test_files_beside_the_package(exported):
         PACKAGE, "tokenizer.json", "tokenizer_config.json", "meta.json",
     }  # fmt: skip
     meta = json.loads((ctx.out / "meta.json").read_text())
-    assert meta["functions"] == {"infer": 1, "prefill": 32}
+    assert [part["functions"] for part in meta["parts"]] == [{"infer": 1, "prefill": 32}]
     assert (meta["context"], meta["outputs"], meta["state"]) == (128, ["logits"], "kv_cache")
     assert meta["schemes"]["model.layers.0.mlp.up_proj"]["bits"] == 4
 
@@ -121,14 +139,16 @@ def test_files_beside_the_package(exported):
 def test_figures(exported):
     _, ctx, steps = exported
     metrics = ctx.metrics
-    assert metrics["positions"] == 64
+    assert metrics["positions_fp32"] == 64 + 25 + 1 + 16 + 7
     assert metrics["cosine_fp32"] > 0.999999
     assert metrics["cosine_fp16"] > 0.9999
     assert metrics["greedy_agreement_fp32"] == 1
     assert metrics["overflows_fp16"] == 0
     assert abs(metrics["size_ratio"] - 1) < 0.03
     assert metrics["bytes"] > metrics["weight_bytes"] > metrics["theory_bytes"]
-    assert set(metrics["ops"]) == {"infer", "prefill"}
+    assert set(metrics["parts"]["model"]["ops"]) == {"infer", "prefill"}
+    assert metrics["residual_scale"] == 1
+    assert metrics["peak_activation"] == max(layer[name] for layer in metrics["peaks"] for name in STREAM)
     json.dumps(metrics, allow_nan=False)
     starts = [place for place, step in enumerate(steps) if step["step"] == 1]
     phases = [steps[start:end] for start, end in zip(starts, [*starts[1:], None], strict=True)]
@@ -172,14 +192,60 @@ def test_a_weight_that_was_written_dense_is_too_large(tmp_path, monkeypatch):
     from a1q.coreml import linear
     from a1q.coreml.weights import Linear
 
-    def dense(x, weight, name):
-        return honest(x, Linear(dense=weight.dequantize().astype("float16")), name)
+    def dense(weight, name):
+        return honest(Linear(dense=weight.dequantize().astype("float16")), name)
 
-    honest = linear._product
-    monkeypatch.setattr(linear, "_product", dense)
+    honest = linear._stored
+    monkeypatch.setattr(linear, "_stored", dense)
     model = artifact(decoder(SCHEMES["tensor-2"], intermediate_size=256), tmp_path)
-    with pytest.raises(StageError, match=r"the weight file has [\d,]+ bytes where its bits say"):
+    with pytest.raises(StageError, match=r"the weight file of model has [\d,]+ bytes, its bits say"):
         CoremlExporter().export(model, config(), context(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("layout", ["single", "anemll"])
+def test_functions_without_the_adapters(tmp_path, layout):
+    model = artifact(decoder(SCHEMES["rank-1"], adapter=2), tmp_path)
+    ctx = context(tmp_path / "out")
+    CoremlExporter().export(model, config(layout=layout, adapters="functions"), ctx)
+    assert json.loads((ctx.out / "meta.json").read_text())["adapters"] == ["base"]
+    assert ctx.metrics["cosine_fp32"] > 0.9999
+    assert ctx.metrics["cosine_fp32_base"] > 0.9999
+    once = context(tmp_path / "once")
+    CoremlExporter().export(model, config(layout=layout), once)
+    assert ctx.metrics["weight_bytes"] < once.metrics["weight_bytes"] + 4096
+
+
+@pytest.mark.parametrize("layout", ["single", "anemll"])
+def test_modules_fitted_anew_on_request(tmp_path, layout):
+    model = artifact(decoder(), tmp_path)
+    ctx = context(tmp_path / "out")
+    rules = {
+        "table": {"match": r"model\.embed_tokens", "scheme": "lut", "bits": 4},
+        "mlp": {"match": r".*_proj", "scheme": "affine", "bits": 8, "symmetric": False},
+    }
+    CoremlExporter().export(model, config(layout=layout, repalettize=rules), ctx)
+    found = ctx.metrics["repalettized"]
+    assert found["kl"] > 0
+    assert found["bytes_after"] < 0.6 * found["bytes_before"]
+    assert len(found["modules"]) == 15
+    assert ctx.metrics["cosine_fp32"] > 0.9999
+
+
+def test_a_residual_stream_beyond_fp16_is_scaled(tmp_path):
+    import torch
+
+    model = decoder()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.down_proj.weight.mul_(2.0**15)
+    source = artifact(model, tmp_path)
+    ctx = context(tmp_path / "out")
+    CoremlExporter().export(source, config(verify={**VERIFY, "min_cosine": 0.999}), ctx)
+    assert ctx.metrics["residual_scale"] < 1
+    assert ctx.metrics["overflows_fp16"] == 0
+    unscaled = context(tmp_path / "unscaled")
+    with pytest.raises(StageError, match="not finite in fp16"):
+        CoremlExporter().export(source, config(residual_scale=1.0), unscaled)
 
 
 def test_a_weight_beyond_fp16(tmp_path):
@@ -195,7 +261,7 @@ def test_a_weight_beyond_fp16(tmp_path):
 @pytest.mark.parametrize("steps", [1, 5], ids=["building", "verification"])
 def test_it_can_be_interrupted(tmp_path, steps):
     ctx = context(tmp_path / "out")
-    asked = iter([0] * steps + [15])
+    asked = iter([0] * steps + [15] * 2)
     ctx.should_stop = lambda: next(asked)
     with pytest.raises(Interrupted):
         CoremlExporter().export(artifact(decoder(), tmp_path), config(), ctx)
