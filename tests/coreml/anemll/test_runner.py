@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from a1q.coreml.anemll import programs
 from a1q.coreml.anemll.runner import AnemllRunner
 from a1q.coreml.runner import InterpreterBackend, make_runner
 from tests.coreml.anemll.exported import exported, family
@@ -103,6 +104,20 @@ def test_a_mask_that_shows_more_or_less_of_the_future_changes_nothing(made, mode
     usual = forced(AnemllRunner(bundle, Spy(bundle)), TOKENS[:60], 40)
     other = forced(AnemllRunner(bundle, Spy(bundle, mask(change))), TOKENS[:60], 40)
     assert np.array_equal(usual, other)
+
+
+def test_a_chunk_that_trusts_the_mask_alone_sees_what_is_not_there(tmp_path, monkeypatch):
+    from coremltools.converters.mil import Builder as mb
+
+    def trusting(decoder, rows, given):
+        repeated = mb.concat(values=[given] * decoder.architecture.group, axis=2)
+        return dict.fromkeys(decoder.architecture.kinds, repeated)
+
+    monkeypatch.setattr(programs, "_masks", trusting)
+    model = family("llama")
+    bundle = exported(model, tmp_path)
+    runner = make_runner(bundle, InterpreterBackend(bundle, "fp32"))
+    assert cosine(forced(runner, TOKENS[:64], 40), expected(model, TOKENS[:64])[39:]).min() < 0.999
 
 
 def test_what_the_mask_hides_of_the_past_is_hidden(made):
