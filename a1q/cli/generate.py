@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -26,6 +26,7 @@ Examples:
   a1q generate runs/q4-to-q2 --prompt "Return the number of" --temperature 0
   a1q generate q4-to-q2:q4_train --prompt - < prompt.txt
   a1q generate runs/q4-to-q2/export/hf --prompt "Raise" --json
+  a1q generate runs/q4-to-q2/export/ane --prompt "Raise"       a Core ML package
 """
 )
 @click.argument("model")
@@ -44,7 +45,14 @@ Examples:
 @click.option(
     "--seed", type=click.IntRange(min=0, max=2**63 - 1), default=0, show_default=True, help="Same seed, same text."
 )
-@click.option("--device", type=click.Choice(DEVICES), default="auto", show_default=True)
+@click.option("--device", type=click.Choice(DEVICES), default="auto", show_default=True, help="For models.")
+@click.option(
+    "--precision",
+    type=click.Choice(("fp32", "fp16")),
+    default="fp16",
+    show_default=True,
+    help="For Core ML packages off a Mac: how the interpreter rounds.",
+)
 @json_option
 def command(
     model: str,
@@ -54,28 +62,30 @@ def command(
     top_p: float,
     seed: int,
     device: str,
+    precision: Literal["fp32", "fp16"],
     as_json: bool,
 ) -> None:
     """Continue a prompt with MODEL: `builtin:pico`, a model or exported folder, a Hub id, a run (its last model) or
-    RUN:STAGE_ID. Bits, ranks and shapes are read from the model.
+    RUN:STAGE_ID. Bits, ranks and shapes are read from the model. A Core ML package is run by Core ML on a Mac, and
+    interpreted elsewhere.
 
     The text goes to standard output as it is written, the speed to standard error.
     """
     with errors_as_json(as_json):
-        from a1q.models.locate import locate_model
+        from a1q.models.locate import is_core_ml, locate_folder
 
         text = _read_prompt(prompt)
-        folder = locate_model(model)
-        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-        facts = _generate(
-            folder,
-            text,
-            max_tokens,
-            sampling if temperature else {"do_sample": False},
-            seed,
-            device,
-            stream=not as_json,
-        )
+        folder = locate_folder(model)
+        stream = not as_json
+        if is_core_ml(folder):
+            if device != "auto":
+                raise UsageError(f"--device {device} is for models; {folder} is a Core ML package")
+            facts = _generate_with_package(folder, text, max_tokens, (temperature, top_p, seed), precision, stream)
+        else:
+            sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+            facts = _generate(
+                folder, text, max_tokens, sampling if temperature else {"do_sample": False}, seed, device, stream
+            )
     if as_json:
         print_json({"ok": True, "model": model, "folder": str(folder), "seed": seed, "prompt": text, **facts})
     else:
@@ -115,6 +125,7 @@ def _generate(
     from transformers import GenerationConfig, TextStreamer
 
     from a1q.models.checkpoint import load_model
+    from a1q.models.dense import write_out
 
     place = _device(device)
     tokenizer = _tokenizer(folder)
@@ -127,12 +138,9 @@ def _generate(
     except StageError as error:
         raise MismatchError(str(error)) from None
     context = model.config.max_position_embeddings
-    if length >= context:
-        raise UsageError(
-            f"the prompt has {length} tokens, and the model's context of {context} must hold an answer too"
-        )
-    _write_out(model)
-    ends = _end_tokens(folder, tokenizer, model.config)
+    _check_length(length, context, "model")
+    write_out(model)
+    ends = _end_tokens(folder, tokenizer, model.config.eos_token_id)
     model.generation_config = GenerationConfig()  # else its own sampling settings would fill in ours
     settings = GenerationConfig(
         max_new_tokens=min(max_tokens, context - length),
@@ -145,9 +153,65 @@ def _generate(
     start = time.perf_counter()
     with torch.inference_mode():
         output = model.generate(**inputs, generation_config=settings, streamer=streamer)
-    seconds = time.perf_counter() - start
     written = output[0, length:].tolist()
-    stopped_at = "--max-tokens" if len(written) == max_tokens else "the end of the context"
+    return _facts(tokenizer, length, written, ends, max_tokens, time.perf_counter() - start, str(place))
+
+
+def _generate_with_package(
+    folder: Path,
+    prompt: str,
+    max_tokens: int,
+    sampling: tuple[float, float, int],
+    precision: Literal["fp32", "fp16"],
+    stream: bool,
+) -> dict[str, Any]:
+    """Let a Core ML package continue the prompt; `sampling` is (temperature, top_p, seed).
+
+    Raises:
+        UsageError: if the prompt leaves no room in the package's context.
+        MismatchError: if the package is not whole, or its tokenizer is missing or another model's.
+    """
+    import numpy as np
+    from transformers import TextStreamer
+
+    from a1q.coreml.bundle import TOKENIZER, read_bundle
+    from a1q.coreml.runner import InterpreterBackend, make_runner
+    from a1q.coreml.writing import Sampler, write
+
+    bundle = read_bundle(folder)
+    if not (folder / TOKENIZER).is_file():
+        raise MismatchError(f"{folder} has no {TOKENIZER}, without which a package understands no text")
+    tokenizer = _tokenizer(folder)
+    ids = tokenizer(prompt)["input_ids"]
+    _check_length(len(ids), bundle.context, "package")
+    if max(ids) >= bundle.vocabulary:
+        raise UsageError(f"the prompt has a token that this package does not know: {tokenizer.decode([max(ids)])!r}")
+    ends = _end_tokens(folder, tokenizer, bundle.meta.get("eos_token_id"))
+    backend = InterpreterBackend(bundle, precision)
+    runner = make_runner(bundle, backend)
+    streamer = TextStreamer(tokenizer, skip_special_tokens=True) if stream else None
+    start, written = time.perf_counter(), []
+    for token in write(runner, ids, min(max_tokens, bundle.context - len(ids)), ends, Sampler(*sampling)):
+        written.append(token)
+        if streamer is not None:
+            streamer.put(np.array([token]))
+    if streamer is not None:
+        streamer.end()
+    return _facts(tokenizer, len(ids), written, ends, max_tokens, time.perf_counter() - start, backend.name)
+
+
+def _check_length(length: int, context: int, what: str) -> None:
+    if length >= context:
+        raise UsageError(
+            f"the prompt has {length} tokens, and the {what}'s context of {context} must hold an answer too"
+        )
+
+
+def _facts(
+    tokenizer: Any, length: int, written: list[int], ends: list[int], most: int, seconds: float, device: str
+) -> dict[str, Any]:
+    """What is told of the text that was written."""
+    stopped_at = "--max-tokens" if len(written) == most else "the end of the context"
     return {
         "text": tokenizer.decode(written, skip_special_tokens=True),
         "prompt_tokens": length,
@@ -155,7 +219,7 @@ def _generate(
         "seconds": seconds,
         "tokens_per_second": len(written) / seconds,
         "stopped_at": "the end of the text" if written[-1] in ends else stopped_at,
-        "device": str(place),
+        "device": device,
     }
 
 
@@ -185,31 +249,12 @@ def _tokenizer(folder: Path) -> Any:
         raise MismatchError(f"the tokenizer of {folder} can't be loaded: {reason}") from None
 
 
-def _end_tokens(folder: Path, tokenizer: Any, config: Any) -> list[int]:
+def _end_tokens(folder: Path, tokenizer: Any, usual: Any) -> list[int]:
     """The tokens that end a text: the model's own settings, else the tokenizer's, else the architecture's."""
     from transformers import GenerationConfig
 
     own = GenerationConfig.from_pretrained(folder) if (folder / "generation_config.json").is_file() else None
-    for ends in (own and own.eos_token_id, tokenizer.eos_token_id, config.eos_token_id):
+    for ends in (own and own.eos_token_id, tokenizer.eos_token_id, usual):
         if ends is not None:
             return ends if isinstance(ends, list) else [ends]
     return []
-
-
-def _write_out(model: Any) -> None:
-    """Replace quantized linears and heads tied to a quantized embedding by dense ones of the same weights, adapters
-    added: one dequantization instead of one a token. Quantized embeddings stay, as they look up single rows."""
-    from torch import nn
-
-    from a1q.quant.linear import QuantLinear
-    from a1q.quant.tied import TiedHead, swap_module
-
-    for name, module in list(model.named_modules()):
-        if not isinstance(module, QuantLinear | TiedHead):
-            continue
-        weight = module.weight.detach()
-        if isinstance(module, QuantLinear):
-            weight = weight + module.adapter_delta()
-        dense: Any = nn.Linear(1, 1)
-        dense.weight, dense.bias = nn.Parameter(weight, requires_grad=False), module.bias
-        swap_module(model, name, dense)

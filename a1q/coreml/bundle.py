@@ -62,13 +62,6 @@ class Bundle:
         return int(self.meta["vocabulary"])
 
 
-def bundle_folder(path: Path) -> Path | None:
-    """The exported folder that `path` means, if it looks like one: it holds packages, or is a package."""
-    if path.suffix == ".mlpackage":
-        return path.parent
-    return path if any(path.glob("*.mlpackage")) or _is_meta(path / META) else None
-
-
 def read_meta(folder: Path) -> dict[str, Any]:
     """`meta.json` of an exported folder.
 
@@ -79,8 +72,9 @@ def read_meta(folder: Path) -> dict[str, Any]:
     try:
         meta = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        hint = "take the whole folder that `export: {format: coreml}` wrote: a package alone does not say how it is run"
-        raise MismatchError([Problem(f"{folder} has no {META}", hint=hint)]) from None
+        hint = "take the whole folder that `export: {format: coreml}` wrote"
+        message = f"{folder} has no {META}, which says how a Core ML package is run"
+        raise MismatchError([Problem(message, hint=hint)]) from None
     except (OSError, ValueError) as error:
         raise MismatchError(f"{file} can't be read: {error}") from None
     if not isinstance(meta, dict):
@@ -143,15 +137,6 @@ class _Packages(Mapping[str, "Package"]):
 
     def __len__(self) -> int:
         return len(self._paths)
-
-
-def _is_meta(file: Path) -> bool:
-    """Whether it is the `meta.json` of an export, and not some other program's."""
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(found, dict) and {"format", "layout", "vocabulary"} <= set(found)
 
 
 def _missing(entries: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str) -> list[str]:

@@ -42,8 +42,10 @@ class Figures:
     """Share of the positions where the model's first choice leads by more than 4 times `max_error`."""
     decisive_agreement: float
     """Share of these where both rank the same token first; 1 if there are none."""
+    choice_agreement: float
+    """Share of the model's own continuation that the package chooses too when it is fed with it."""
     greedy_agreement: float
-    """Share of the model's own continuation that the package writes too before it first differs."""
+    """Share of the model's own continuation that the package writes by itself before it first differs."""
     overflows: int
     """Numbers that were not finite."""
     overflow_at: str
@@ -79,8 +81,8 @@ class Tally:
         kl = float(np.exp(p) @ (p - q))
         self._rows.append((cosine, error, relative, kl, float(found.argmax() == first), margin))
 
-    def figures(self, greedy_agreement: float, overflows: Mapping[str, int]) -> Figures:
-        """The figures of all positions so far."""
+    def figures(self, choice_agreement: float, greedy_agreement: float, overflows: Mapping[str, int]) -> Figures:
+        """The figures of all positions so far, with those that come from elsewhere."""
         cosine, error, relative, kl, same, margin = np.array(self._rows).T
         decisive = margin > DECISIVE * error.max()
         return Figures(
@@ -94,6 +96,7 @@ class Tally:
             agreement=float(same.mean()),
             decisive=float(decisive.mean()),
             decisive_agreement=float(same[decisive].mean()) if decisive.any() else 1.0,
+            choice_agreement=choice_agreement,
             greedy_agreement=greedy_agreement,
             overflows=sum(overflows.values()),
             overflow_at=next(iter(overflows), ""),

@@ -58,11 +58,12 @@ _NAMES = {
 
 def _sizes(bundle: Bundle) -> dict[str, int]:
     """The model's sizes as the packages have them, by attribute of `Architecture`."""
-    from a1q.coreml.spec import load_spec, read_functions
+    from a1q.coreml.spec import read_functions
+    from a1q.coreml.weightfile import read_spec
 
     sizes = {"vocabulary": bundle.vocabulary, "layers": max(part["layers"][1] for part in bundle.meta["parts"])}
     for part in bundle.meta["parts"]:
-        for function in read_functions(load_spec(bundle.folder / part["file"])).values():
+        for function in read_functions(read_spec(bundle.folder / part["file"])).values():
             for state in function.states.values():
                 slots, sizes["kv_heads"], _, sizes["head_dim"] = (size or 0 for size in state.shape)
                 sizes["layers"] = slots // 2

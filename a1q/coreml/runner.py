@@ -16,6 +16,7 @@ from a1q.errors import MismatchError
 
 if TYPE_CHECKING:
     from a1q.coreml.bundle import Bundle
+    from a1q.coreml.constants import Constants
     from a1q.coreml.interpreter import Interpreter, Precision
     from a1q.coreml.operations import Array
 
@@ -34,11 +35,18 @@ class Backend(Protocol):
 
 
 class InterpreterBackend:
-    """The interpreter, which needs no Mac; decoded weights of all parts stay in memory (4 bytes a weight)."""
+    """The interpreter, which needs no Mac; decoded weights of all parts stay in memory (4 bytes a weight).
 
-    def __init__(self, bundle: Bundle, precision: Precision):
+    Args:
+        weights: give several backends the same one, and they share what they decoded.
+    """
+
+    def __init__(self, bundle: Bundle, precision: Precision, weights: Constants | None = None):
+        from a1q.coreml.constants import Constants
+
         self._bundle = bundle
         self._interpreters: dict[str, Interpreter] = {}
+        self._weights = weights or Constants()
         self.precision = precision
         self.name = f"interpreter, {precision}"
 
@@ -48,7 +56,8 @@ class InterpreterBackend:
             from a1q.coreml.interpreter import Interpreter
 
             try:
-                self._interpreters[part] = Interpreter(self._bundle.packages[part].program, self.precision)
+                program = self._bundle.packages[part].program
+                self._interpreters[part] = Interpreter(program, self.precision, self._weights)
             except NotImplementedError as error:
                 raise MismatchError(f"{self._bundle.packages[part].path}: {error}") from None
         return self._interpreters[part]

@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from a1q.coreml.constants import Constants
 from a1q.coreml.figures import Figures, Tally
 from a1q.coreml.reference import Reference
-from a1q.coreml.runner import InterpreterBackend, Runner, make_runner
+from a1q.coreml.runner import Backend, InterpreterBackend, Runner, make_runner
 from a1q.coreml.thresholds import Verify
 from a1q.errors import UsageError
 
@@ -24,22 +25,23 @@ if TYPE_CHECKING:
     from a1q.coreml.operations import Array
 
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16")
+DEVICE = "coreml"
+"""The figures of Core ML itself."""
 
 
 @dataclass(frozen=True)
 class Report:
     """What came out."""
 
-    figures: Mapping[Precision, Figures]
+    figures: Mapping[str, Figures]
+    """By precision of the interpreter, and `coreml` where that ran."""
     failures: list[str]
     """What of the thresholds was not reached, one sentence each; empty for a good package."""
 
     def metrics(self) -> dict[str, Any]:
         """All figures as `cosine_fp32`, ..."""
         return {
-            f"{name}_{precision}": value
-            for precision, figures in self.figures.items()
-            for name, value in figures.as_json().items()
+            f"{name}_{way}": value for way, figures in self.figures.items() for name, value in figures.as_json().items()
         }
 
 
@@ -49,22 +51,27 @@ def verify_bundle(
     wanted: Verify,
     tick: Callable[[], None] = lambda: None,
     adapter: str | None = None,
+    device: Backend | None = None,
 ) -> Report:
     """Interpret a bundle in fp32 and in fp16, one after the other, and compare.
 
     Args:
         tick: called after every call of the runner; `total_calls` says how often.
         adapter: see `runner.make_runner`.
+        device: Core ML, to be compared as well: it must reach what fp16 must.
 
     Raises:
         UsageError: if the tokens do not fit the package's context.
     """
     check_length(bundle, [len(reference.tokens) for reference in references])
-    figures = {}
+    weights = Constants()
+    figures: dict[str, Figures] = {}
     for precision in PRECISIONS:
-        backend = InterpreterBackend(bundle, precision)
+        backend = InterpreterBackend(bundle, precision, weights)
         found = compare(make_runner(bundle, backend, adapter), references, tick)
         figures[precision] = found.figures(backend.overflows)
+    if device is not None:
+        figures[DEVICE] = compare(make_runner(bundle, device, adapter), references, tick).figures({})
     return Report(figures, failures(figures, wanted))
 
 
@@ -72,17 +79,19 @@ def check_length(bundle: Bundle, lengths: Sequence[int]) -> None:
     """Refuse tokens that the cache can't hold.
 
     Raises:
-        UsageError: with both numbers.
+        UsageError: with both numbers, or if there is nothing to run.
     """
+    if not lengths:
+        raise UsageError("nothing to compare: neither text nor random tokens are asked for")
     if max(lengths) > bundle.context:
         raise UsageError(
             f"{max(lengths)} tokens, prompt and continuation, do not fit the package's context of {bundle.context}"
         )
 
 
-def total_calls(references: Sequence[Reference], prefill: int) -> int:
-    """How often `verify_bundle` ticks."""
-    return len(PRECISIONS) * sum(
+def total_calls(references: Sequence[Reference], prefill: int, ways: int = len(PRECISIONS)) -> int:
+    """How often `verify_bundle` ticks; `ways` counts the device too."""
+    return ways * sum(
         2 * len(reference.tokens) - reference.prompt + 1 + (reference.prompt > prefill) for reference in references
     )
 
@@ -92,27 +101,36 @@ class Comparison:
     """The logits of a runner beside those of the model."""
 
     tally: Tally
-    same: int
-    """Tokens of the model's continuations that the runner wrote too before it first differed."""
+    chosen: list[bool]
+    """For every token that the model wrote: whether the runner, fed with all before, chose it too."""
     written: int
-    """Tokens of the model's continuations."""
+    """How many of them the runner writes by itself: until it first differs."""
 
     def figures(self, overflows: Mapping[str, int]) -> Figures:
         """All figures, with the numbers that were not finite by operation."""
-        return self.tally.figures(self.same / self.written if self.written else 1.0, overflows)
+        count = len(self.chosen)
+        return self.tally.figures(
+            choice_agreement=sum(self.chosen) / count if count else 1.0,
+            greedy_agreement=self.written / count if count else 1.0,
+            overflows=overflows,
+        )
 
 
 def compare(runner: Runner, references: Sequence[Reference], tick: Callable[[], None] = lambda: None) -> Comparison:
     """Run the references' tokens, both ways, and compare every logit vector."""
-    tally, same = Tally(), 0
+    tally, chosen, written = Tally(), [], 0
     for reference in references:
         choices = {}
         for position, logits in _both_ways(runner, reference):
             tally.add(reference.logits[position], reference.rounded[position], logits)
             choices[position] = int(logits.argmax())  # of the second way, which is the one that an app goes
             tick()
-        same += _same_words(reference, choices)
-    return Comparison(tally, same, sum(reference.written for reference in references))
+        end = len(reference.tokens)
+        same = [choices[i - 1] == int(reference.tokens[i]) for i in range(end - reference.written, end)]
+        chosen += same
+        # Up to the first difference, being fed the model's tokens and writing freely are the same.
+        written += next((i for i, agreed in enumerate(same) if not agreed), len(same))
+    return Comparison(tally, chosen, written)
 
 
 def _both_ways(runner: Runner, reference: Reference) -> Iterator[tuple[int, Array]]:
@@ -129,35 +147,26 @@ def _both_ways(runner: Runner, reference: Reference) -> Iterator[tuple[int, Arra
         yield position, runner.step(tokens[position])
 
 
-def _same_words(reference: Reference, choices: Mapping[int, int]) -> int:
-    """How many tokens of the model's continuation the runner writes by itself before it first differs.
-
-    `choices` by position were made while it was fed the model's own tokens. Up to the first difference that is the same
-    as writing freely, so there is nothing to run again.
-    """
-    end = len(reference.tokens)
-    places = range(end - reference.written, end)
-    wrong = (i for i, place in enumerate(places) if choices[place - 1] != reference.tokens[place])
-    return next(wrong, reference.written)
-
-
-def failures(figures: Mapping[Precision, Figures], wanted: Verify) -> list[str]:
+def failures(figures: Mapping[str, Figures], wanted: Verify) -> list[str]:
     """What was not reached, as sentences."""
-    fp32, fp16 = figures["fp32"], figures["fp16"]
-    found = []
-    for name, value, least in (
-        ("cosine in fp32", fp32.cosine, wanted.min_cosine),
-        ("cosine in fp16", fp16.cosine, wanted.min_cosine_fp16),
-        ("share of equal greedy tokens in fp32", fp32.greedy_agreement, wanted.min_agreement),
-    ):
-        if not value >= least:
-            found.append(f"{name} is {value:.8f}, wanted at least {least}")
+    fp32 = figures["fp32"]
+    cosines = {"fp32": wanted.min_cosine, "fp16": wanted.min_cosine_fp16, DEVICE: wanted.min_cosine_fp16}
+    found = [
+        f"the cosine in {way} is {item.cosine:.8f}, wanted at least {cosines[way]}"
+        for way, item in figures.items()
+        if not item.cosine >= cosines[way]
+    ]
     if not fp32.relative_error <= wanted.max_error:
         found.append(
             f"a logit in fp32 is off by {fp32.relative_error:.2g} standard deviations, wanted at most "
             f"{wanted.max_error}"
         )
-    for precision, item in figures.items():
+    if not fp32.choice_agreement >= wanted.min_agreement:
+        found.append(
+            f"the package in fp32 chooses {fp32.choice_agreement:.0%} of the model's own continuation, wanted at least "
+            f"{wanted.min_agreement:.0%}"
+        )
+    for way, item in figures.items():
         if item.overflows:
-            found.append(f"{item.overflows} numbers are not finite in {precision}, the first in {item.overflow_at}")
+            found.append(f"{item.overflows} numbers are not finite in {way}, the first in {item.overflow_at}")
     return found

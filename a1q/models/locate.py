@@ -1,4 +1,4 @@
-"""Which model folder a person means: a model's source, an exported folder, or a run and one of its stages. No torch."""
+"""Which folder a person means: a model's source, an exported folder, or a run and one of its stages. No torch."""
 
 from __future__ import annotations
 
@@ -13,15 +13,29 @@ from a1q.models.source import resolve_source
 
 
 def locate_model(name: str) -> Path:
-    """The model folder that `name` means.
+    """The model folder that `name` means; see `locate_folder`.
+
+    Raises:
+        UsageError, MismatchError: as `locate_folder` does.
+        MismatchError: if it is a folder of Core ML packages.
+    """
+    folder = locate_folder(name)
+    if is_core_ml(folder):
+        hint = "take the model it was exported from: a run folder, or RUN:STAGE_ID"
+        raise MismatchError([Problem(f"{folder} holds a Core ML package, not the model it was made of", hint=hint)])
+    return folder
+
+
+def locate_folder(name: str) -> Path:
+    """The folder that `name` means: a model, or what was exported of one.
 
     Args:
-        name: a model source (`builtin:pico`, a folder, a Hub id), a run folder or the name of one below `runs/` (its
-            last model), or `RUN:ID` (the model or exported folder of one stage).
+        name: a model source (`builtin:pico`, a folder, a Hub id), an `.mlpackage`, a run folder or the name of one
+            below `runs/` (its last model), or `RUN:ID` (the model or exported folder of one stage).
 
     Raises:
         UsageError: if the run has no such stage, or the stage made no model; the message names the nearest.
-        MismatchError: if there is no such model, it is not on this machine any more, or it is a Core ML package.
+        MismatchError: if there is no such model, or it is not on this machine any more.
     """
     path = Path(name).expanduser()
     run, colon, stage_id = name.rpartition(":")
@@ -33,13 +47,21 @@ def locate_model(name: str) -> Path:
     folder = _run_folder(name)
     if folder is not None:
         return _of_run(folder, None)
-    _refuse_core_ml(path)
+    if is_core_ml(path):
+        return path.parent if path.suffix == ".mlpackage" else path
     try:
         return resolve_source(name).path
     except MismatchError as error:
         raise MismatchError(
             [Problem(item.message, hint=item.hint + _near_run(name)) for item in error.problems]
         ) from None
+
+
+def is_core_ml(path: Path) -> bool:
+    """Whether this is a Core ML package or an exported folder of some, whole or not."""
+    if path.suffix == ".mlpackage" or any(path.glob("*.mlpackage")):
+        return True
+    return (path / "meta.json").is_file() and not any(path.glob("*.safetensors"))
 
 
 def _run_folder(name: str) -> Path | None:
@@ -72,16 +94,7 @@ def _of_run(folder: Path, stage_id: str | None) -> Path:
     found = (
         folder / "export" / stage_id if stages[stage_id]["kind"] == "package" else Path(stages[stage_id]["artifact"])
     )
-    _refuse_core_ml(found)
     if not found.is_dir():
         hint = "the command that made the run makes it again"
         raise MismatchError([Problem(f"{found}, the result of stage {stage_id}, is not there any more", hint=hint)])
     return found
-
-
-def _refuse_core_ml(path: Path) -> None:
-    if path.suffix == ".mlpackage" or any(path.glob("*.mlpackage")):
-        message = f"{path} is a Core ML package, which only Core ML on a Mac runs; `a1q generate` can't yet"
-        raise MismatchError(
-            [Problem(message, hint="take the model it was exported from: a run folder, or RUN:STAGE_ID")]
-        )

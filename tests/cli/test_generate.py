@@ -108,7 +108,7 @@ def test_the_built_in_model_writes() -> None:
 def test_writing_out_keeps_latents_fp16_and_adapters() -> None:
     import torch
 
-    from a1q.cli.generate import _write_out
+    from a1q.models.dense import write_out
     from a1q.quant.linear import QuantLinear, quantized_modules, swap_module
     from tests.tiny import tiny_model
 
@@ -121,10 +121,31 @@ def test_writing_out_keeps_latents_fp16_and_adapters() -> None:
     tokens = torch.arange(20)[None]
     with torch.inference_mode():
         before = model(tokens).logits
-        _write_out(model)
+        write_out(model)
         after = model(tokens).logits
     assert not list(quantized_modules(model))
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3", "gemma3_text"])
+def test_writing_out_a_head_tied_to_a_quantized_embedding(model_type: str) -> None:
+    import torch
+
+    from a1q.models.dense import write_out
+    from a1q.quant.embedding import QuantEmbedding
+    from a1q.quant.tied import swap_module
+    from tests.tiny import tiny_family
+
+    model = tiny_family(model_type)
+    table = QuantEmbedding.quantize(model.model.embed_tokens, {"scheme": "lut_lowrank", "bits": 4})
+    swap_module(model, "model.embed_tokens", table)
+    tokens = torch.arange(20)[None]
+    with torch.inference_mode():
+        before = model(tokens).logits
+        write_out(model)
+        after = model(tokens).logits
+    assert type(model.lm_head) is torch.nn.Linear
+    torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
 
 
 def test_the_prompt_comes_from_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,30 +6,43 @@ import json
 from pathlib import Path
 from typing import Any
 
+from a1q.coreml.architecture import read_architecture
 from a1q.coreml.bundle import Bundle, read_bundle
-from tests.coreml.models import package_of
+from a1q.coreml.layouts import Options, get_layout
+from a1q.coreml.package import write_package
+from a1q.coreml.weights import DecoderWeights, decoder_weights
+from a1q.models.checkpoint import save_model
 from tests.tiny import write_tokenizer
 
+CONTEXT, PREFILL = 128, 32
 
-def write_meta(folder: Path, config: Any, outputs: list[str], base: bool = False) -> None:
-    """meta.json of a package in the layout `single`, context 128, prefill 32."""
-    functions = {"infer": 1, "prefill": 32} | ({"infer_base": 1, "prefill_base": 32} if base else {})
-    part = {
-        "name": "model", "file": "model.mlpackage", "role": "model", "functions": functions,
-        "layers": [0, config.num_hidden_layers], "theory_bytes": 1,
-    }  # fmt: skip
+
+def bundle_of(
+    model: Any, folder: Path, layout: str = "single", weights: DecoderWeights | None = None, **options: Any
+) -> Bundle:
+    """Write a model, or other weights in its shape, as an exported folder: context 128, prefill 32."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = model.config.to_dict()
+    architecture, weights = read_architecture(config), weights or decoder_weights(model)
+    settings = Options(CONTEXT, PREFILL, **options)
+    module = get_layout(layout)
+    parts = module.parts(architecture, weights, settings)
+    for part in parts:
+        write_package(part.build(lambda: None), folder / part.file)
     meta = {
-        "format": 2, "layout": "single", "model_type": config.model_type, "context": 128, "prefill": 32,
-        "vocabulary": config.vocab_size, "eos_token_id": config.eos_token_id, "state": "kv_cache",
-        "outputs": outputs, "parts": [part], "schemes": {}, "residual_scale": 1.0, "adapters": [],
+        "format": 2, "layout": layout, "model_type": config["model_type"], "context": CONTEXT, "prefill": PREFILL,
+        "vocabulary": architecture.vocabulary, "eos_token_id": config["eos_token_id"], "state": module.STATE,
+        "outputs": module.outputs(architecture, weights, settings), "parts": [part.facts() for part in parts],
+        "schemes": {}, "residual_scale": settings.residual_scale, "adapters": [],
     }  # fmt: skip
     (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
-
-
-def bundle_of(model: Any, folder: Path, **options: Any) -> Bundle:
-    """Write a model as an exported folder in the layout `single`: context 128, prefill 32."""
-    folder.mkdir(parents=True, exist_ok=True)
-    _, calls = package_of(model, folder, **options)
-    write_meta(folder, model.config, calls.outputs, base=options.get("adapter_functions", False))
-    write_tokenizer(folder, model.config.vocab_size)
+    write_tokenizer(folder, architecture.vocabulary)
     return read_bundle(folder)
+
+
+def model_folder(model: Any, folder: Path) -> Path:
+    """Save a model with the tokenizer that `bundle_of` writes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_model(model, folder)
+    write_tokenizer(folder, model.config.vocab_size)
+    return folder

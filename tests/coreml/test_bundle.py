@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from a1q.coreml.bundle import bundle_folder, read_bundle, read_meta
+from a1q.coreml.bundle import read_bundle, read_meta
 from a1q.errors import MismatchError
 from tests.coreml.bundles import bundle_of
 from tests.coreml.models import SCHEMES, decoder
@@ -55,15 +55,8 @@ def test_a_whole_bundle(whole):
     assert bundle.part("model")["layers"] == [0, 2]
 
 
-def test_the_folder_and_the_package_mean_the_same(whole, tmp_path):
+def test_the_folder_and_the_package_mean_the_same(whole):
     assert read_bundle(whole / "model.mlpackage").folder == whole
-    assert bundle_folder(whole) == bundle_folder(whole / "model.mlpackage") == whole
-    assert bundle_folder(tmp_path) is None
-
-
-def test_a_meta_json_of_another_program_makes_no_bundle(tmp_path):
-    (tmp_path / "meta.json").write_text('{"version": 3}')
-    assert bundle_folder(tmp_path) is None
 
 
 def test_meta_is_read_without_heavy_imports(whole):
