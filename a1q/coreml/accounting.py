@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,9 +51,14 @@ class Duplicate:
 
     names: tuple[str, ...]
     """One name per copy."""
-    functions: tuple[str, ...]
-    """Functions that use one of the copies."""
+    functions: tuple[tuple[str, ...], ...]
+    """The functions that use each copy."""
     wasted_bytes: int
+
+    @property
+    def sharing_lost(self) -> bool:
+        """Whether two functions have a copy each, where one would do for both."""
+        return any(set(a).isdisjoint(b) for a, b in combinations(self.functions, 2))
 
 
 @dataclass(frozen=True)
@@ -256,7 +262,7 @@ def find_duplicates(functions: Mapping[str, Function], file: WeightFile) -> tupl
     return tuple(
         Duplicate(
             tuple(names[offset] for offset in offsets),
-            tuple(sorted(set().union(*(users[offset] for offset in offsets)))),
+            tuple(tuple(sorted(users[offset])) for offset in offsets),
             (len(offsets) - 1) * len(file.read(offsets[0])),
         )
         for offsets in copies.values()

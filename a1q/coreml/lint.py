@@ -67,6 +67,21 @@ class Finding:
         return f"{self.severity}: {place}: {self.what} ({' '.join((value, self.unit)).strip()}{more}) [{self.source}]"
 
 
+def digest(findings: Iterable[Finding]) -> list[str]:
+    """One line per rule, the worst first: what it found, where, and who says so."""
+    by_rule: dict[tuple[Severity, str], list[Finding]] = {}
+    for finding in findings:
+        by_rule.setdefault((finding.severity, finding.rule), []).append(finding)
+    lines = []
+    for (severity, rule), found in sorted(by_rule.items(), key=lambda item: SEVERITIES.index(item[0][0])):
+        types = ", ".join(dict.fromkeys(finding.operation_type for finding in found if finding.operation_type))
+        places = ", ".join(dict.fromkeys(f"{finding.part} {finding.function}".strip() for finding in found))
+        count = sum(finding.count for finding in found)
+        what, source = RULES[rule].what, RULES[rule].source
+        lines.append(f"{severity}: {rule}: {what} ({count}: {types or 'package'}; in {places}) [{source}]")
+    return lines
+
+
 class _Report:
     """Collects the findings of one part."""
 
@@ -157,7 +172,7 @@ def _check_package(
     if size_rule:
         report.add(size_rule, package_bytes)
     for duplicate in find_duplicates(functions, weights):
-        if len(duplicate.functions) > 1 and duplicate.wasted_bytes >= _limit("stored-per-function"):
+        if duplicate.sharing_lost and duplicate.wasted_bytes >= _limit("stored-per-function"):
             report.add("stored-per-function", duplicate.wasted_bytes, operation=duplicate.names[0])
 
 
@@ -210,7 +225,7 @@ def _check_operation(function: Function, operation: Operation, report: _Report) 
         if max((size or 1 for size in tensor.shape), default=1) > _limit("dimension"):
             report.add("dimension", max(size or 1 for size in tensor.shape), *place)
         padded = _padded_bytes(tensor)
-        if padded > tensor.bytes and padded >= _limit("narrow-axis"):
+        if padded > tensor.bytes and padded >= _limit("narrow-axis") and operation.type not in OFF_ENGINE:
             report.add("narrow-axis", padded, *place)
         if tensor.dtype in ("int32", "fp32"):
             report.add(tensor.dtype, tensor.elements, *place)

@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from a1q.coreml.accounting import HEAD, KINDS, account_part, rows, summarize
+from a1q.coreml.accounting import HEAD, KINDS, account_bundle, account_part, rows, summarize
 from a1q.coreml.spec import read_functions, weight_file
 from a1q.coreml.weightfile import read_spec
 from tests.coreml.programs import const, write_program
@@ -164,7 +165,21 @@ def test_a_weight_stored_twice_is_found(tmp_path):
         assert part.bytes_by_kind["dense"] == weight.nbytes * (1 if shared else 2)
         assert part.wasted_bytes == (0 if shared else weight.nbytes)
         if not shared:
-            assert part.duplicates[0].functions == ("infer", "prefill")
+            assert part.duplicates[0].functions == (("infer",), ("prefill",))
+            assert part.duplicates[0].sharing_lost
+
+
+def test_equal_weights_of_one_function_are_no_lost_sharing(tmp_path):
+    from coremltools.converters.mil import Builder as mb
+
+    weight = np.random.default_rng(0).standard_normal((64, 64, 1, 1)).astype(np.float16)
+
+    def build(x):
+        return mb.conv(x=mb.conv(x=x, weight=const("first", weight)), weight=const("second", weight))
+
+    part = account_part(write_program(tmp_path, {"infer": build, "prefill": build}, X))
+    assert part.wasted_bytes == weight.nbytes
+    assert not part.duplicates[0].sharing_lost
 
 
 def test_adapters_are_no_part_of_the_dense_model(tmp_path):
@@ -191,6 +206,16 @@ def test_the_whole_sums_the_parts_and_shares_their_state(form):
     assert len(rows(whole)) == 3
     assert all(len(row) == len(HEAD) for row in rows(whole))
     assert json.loads(json.dumps(asdict(whole)))["parts"]["other"]["name"] == "other"
+
+
+def test_a_bundle_is_counted_from_its_files(form):
+    """`meta.json` names the parts; no program is read back for it."""
+    path = form("rank-1", True)[1].path
+    part = {"name": "all", "file": path.name, "role": "model", "functions": {"infer": 1}, "theory_bytes": 90_000}
+    whole = account_bundle(SimpleNamespace(folder=path.parent, meta={"parts": [part]}), parameters=127_000)
+    assert whole.parts["all"].size_ratio == whole.weight_bytes / 90_000
+    assert whole.parts["all"].functions["infer"].positions == 1
+    assert whole.parameters == 127_000
 
 
 def test_the_token_function_of_a_part(form):

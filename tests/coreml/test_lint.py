@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from a1q.coreml import lint, rules
-from a1q.coreml.lint import lint_package, lint_spec
+from a1q.coreml.lint import digest, lint_bundle, lint_package, lint_spec
 from a1q.coreml.rules import FIELD, RULES, SEVERITIES
 from a1q.coreml.spec import weight_file
 from a1q.coreml.weightfile import read_spec
@@ -326,6 +327,22 @@ def test_own_packages_have_only_expected_findings(form):
         assert all("epsilon" in f.operation for f in epsilons)
         assert {f.operation_type for f in findings if f.rule == "fp32"} == {"cast", "cos", "mul", "sin"}
         assert all(json.dumps(asdict(finding)) for finding in findings)
+
+
+def test_digest_has_a_line_per_rule(form):
+    findings = lint_package(form("rank-3", False)[1].path)
+    lines = digest(findings)
+    assert len(lines) == len({finding.rule for finding in findings}) < len(findings)
+    line = next(line for line in lines if "fp32: " in line)
+    assert line.startswith("note: fp32: fp32 tensor")
+    assert "(8: cast, mul, cos, sin; in model infer, model prefill)" in line
+
+
+def test_a_bundle_names_the_part_of_every_finding(form):
+    path = form("dense", False)[1].path
+    parts = [{"name": name, "file": path.name} for name in ("one", "two")]
+    findings = lint_bundle(SimpleNamespace(folder=path.parent, meta={"parts": parts}))
+    assert [finding.part for finding in findings].count("one") == len(findings) // 2 == len(lint_package(path))
 
 
 def test_worst_first(tmp_path):
