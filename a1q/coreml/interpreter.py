@@ -81,8 +81,9 @@ class Interpreter:
         self._states: dict[str, tuple[int, ...]] = {}
         self._outputs = {name: [var.name for var in f.outputs] for name, f in program.functions.items()}
         _refuse_unknown(program)
+        weights = Constants() if weights is None else weights
         for name, function in program.functions.items():
-            self._prepare(name, function, weights or Constants())
+            self._prepare(name, function, weights)
 
     def new_state(self) -> State:
         """States as a device creates them: zero. Programs that name a state alike can share one dictionary."""
@@ -183,9 +184,14 @@ class Interpreter:
         from coremltools.converters.mil.mil import types
 
         operations = [op for op in function.operations if not _is_constant(op)]
-        constants = {op.outputs[0].name: weights.value(op) for op in function.operations if _is_constant(op)}
         kept = {var.name for var in function.outputs}
         last_use = {var.name: place for place, op in enumerate(operations) for var in _flat(op.inputs.values())}
+        # Tables and indices that only a compressed weight reads are not constants of the computation.
+        constants = {
+            op.outputs[0].name: weights.value(op)
+            for op in function.operations
+            if _is_constant(op) and (op.outputs[0].name in last_use or op.outputs[0].name in kept)
+        }
         ends: dict[int, list[str]] = {}
         for value, place in last_use.items():
             if value not in kept and value not in constants:
