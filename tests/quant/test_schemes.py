@@ -124,6 +124,28 @@ def test_training_with_fp16_sees_what_snap_stores(spec) -> None:
 
 
 @each
+@pytest.mark.parametrize("fp16", [False, True])
+def test_rows_by_themselves_are_those_of_the_whole_weight(spec, fp16) -> None:
+    scheme, latent = make_scheme(spec), random_weight(1)
+    parts = scheme.fit(random_weight(), None, 0)
+    trained = [name for names in scheme.trainable.values() for name in names]
+    for name in trained:
+        parts[name].requires_grad_()
+    rows = torch.tensor([7, 0, 7, 11])
+    selected = scheme.select_rows(parts, rows)
+    assert selected is not None
+    some = scheme.weight(selected, latent[rows], fp16)
+    whole = scheme.weight(parts, latent, fp16)[rows]
+    torch.testing.assert_close(some, whole, rtol=1e-6, atol=1e-8)
+    wanted = [parts[name] for name in dict.fromkeys(trained)]
+    upstream = random_weight(2, 4)
+    if wanted:
+        torch.testing.assert_close(
+            torch.autograd.grad(some, wanted, upstream), torch.autograd.grad(whole, wanted, upstream)
+        )
+
+
+@each
 def test_forms_are_one_function(spec) -> None:
     scheme = make_scheme(spec)
     parts = {
