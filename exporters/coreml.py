@@ -110,9 +110,10 @@ class CoremlExporter(Exporter):
         if config.repalettize:
             view = _repalettize(loaded, model, view, config, ctx)
         weights = decoder_weights(loaded)
-        options = _options(view, config, _residual_scale(loaded, model, config, ctx))
         wanted = _tokens(model, architecture.vocabulary, config.verify)
         expected = references(loaded, wanted)  # now, and the model goes: package and model at once are much memory
+        # Behind the references, which wrote quantized modules out: each pass over the others makes all weights anew.
+        options = _options(view, config, _residual_scale(loaded, model, config, ctx))
         del loaded
         parts = layout.parts(architecture, weights, options)
         outputs = layout.outputs(architecture, weights, options)
