@@ -93,8 +93,13 @@ class QuantModule(nn.Module):
         weight = module.weight.detach().float()
         if not bool(torch.isfinite(weight).all()):
             raise StageError("the weight holds values that are not finite")
-        parts = fit_parts(make_scheme(spec), weight, statistics, seed)
+        parts = fit_parts(make_scheme(spec), weight, cls.importance(statistics), seed)
         return cls.in_place_of(module, spec, parts, weight.clone() if keep_latent else None)
+
+    @classmethod
+    def importance(cls, statistics: Tensor | None) -> Tensor | None:
+        """How much a fit's errors count, [in] up to a factor, where the weight meets inputs of E[x²] = `statistics`."""
+        return statistics
 
     # -- what the module is ----------------------------------------------------------------------------------
     @property
@@ -175,7 +180,7 @@ class QuantModule(nn.Module):
     def refit(self, spec: Mapping[str, Any], target: Tensor, statistics: Tensor | None = None, seed: int = 0) -> None:
         """Fit a scheme, this one or another, to `target` [out, in]; a latent moves to `target`."""
         target = target.detach().float()
-        self.set_scheme(spec, fit_parts(make_scheme(spec), target, statistics, seed), target)
+        self.set_scheme(spec, fit_parts(make_scheme(spec), target, self.importance(statistics), seed), target)
 
     def set_scheme(self, spec: Mapping[str, Any], parts: Mapping[str, Tensor], latent: Tensor) -> None:
         """Put a scheme, this one or another, and its parts in place; a latent, where kept, becomes `latent`."""

@@ -119,3 +119,16 @@ def test_it_has_what_transformers_reads_of_an_embedding() -> None:
     assert module.kind == "embedding" and module.shape == (VOCABULARY, HIDDEN)
     half = QuantEmbedding.quantize(dense().bfloat16(), SPECS[0])
     assert half(torch.tensor([1])).dtype == torch.bfloat16
+
+
+def test_the_inputs_of_a_tied_head_count_half_in_the_fit() -> None:
+    from a1q.quant.build import make_scheme
+
+    table, heard = dense(), torch.rand(HIDDEN, generator=torch.Generator().manual_seed(0)) ** 3
+    expected = make_scheme(SPECS[3]).fit(table.weight, heard + heard.mean(), 0)
+    module = QuantEmbedding.quantize(table, SPECS[3], heard)
+    other = QuantEmbedding.quantize(table, SPECS[0])
+    other.refit(SPECS[3], table.weight, heard)
+    for each in (module, other):
+        assert all(torch.equal(part, expected[name]) for name, part in each.parts().items())
+    assert not torch.equal(module.dequantize(), QuantEmbedding.quantize(table, SPECS[3]).dequantize())
