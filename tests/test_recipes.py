@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
 from tests import demo
+from tests.cli.support import a1q
 from tests.tiny import tiny_family_folder
 
 TEXT = "data.text={source: builtin:prose, seq_len: 32}"
+VERIFY = "{prompt: 40, generate: 4, random: 16}"
+SHORT = [f"stages.{export}.{option}" for export in ("ane", "app") for option in ("context=128", f"verify={VERIFY}")]
 FAMILY = [
     "model.source={model}",
     TEXT,
@@ -21,8 +22,7 @@ FAMILY = [
     "groups.attn.expect={attn}",
     "stages.teacher.cache.top_k=32",
     "stages.check.gate={}",
-    "stages.ane.context=128",
-    "stages.app.context=128",
+    *SHORT,
 ]
 MODEL_TYPES = {
     "qwen2.5-0.5b/q2a4": "qwen2",
@@ -33,7 +33,7 @@ MODEL_TYPES = {
 """The family of the tiny model that a recipe runs on; Qwen3 where nothing is said."""
 SETTINGS = {
     **dict.fromkeys(MODEL_TYPES, FAMILY),
-    "q2a4": ["model.source={model}", TEXT, "stages.ane.context=128", "stages.app.context=128"],
+    "q2a4": ["model.source={model}", TEXT, *SHORT],
     "q4": ["model.source={model}", TEXT, "stages.eval.gate={}", "stages.ane.context=128"],
     "pico": [
         "data.prose={source: builtin:prose, seq_len: 32}",
@@ -66,16 +66,22 @@ def _filled(text: str, facts: Mapping[str, str]) -> str:
     return text
 
 
+@pytest.fixture(scope="session")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One store for all runs, so that the built-in text is read from this machine once."""
+    return tmp_path_factory.mktemp("home")
+
+
 @pytest.mark.parametrize("name", SETTINGS)
-def test_it_runs_to_its_exports(name: str, tmp_path: Path):
+def test_it_runs_to_its_exports(name: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("A1Q_HOME", str(home))
     model_type = MODEL_TYPES.get(name, "qwen3")
     model = tiny_family_folder(tmp_path / "model", model_type)
     layers = json.loads((model / "config.json").read_text())["num_hidden_layers"]
     facts = {"{model}": str(model), "{mlp}": str(3 * layers), "{attn}": str(4 * layers)}
     sets = [word for item in SETTINGS[name] for word in ("--set", _filled(item, facts))]
-    arguments = [sys.executable, "-m", "a1q", "run", name, "-o", str(tmp_path / "run"), "--smoke", *sets]
-    done = subprocess.run(arguments, env=demo.environment(tmp_path / "home"), capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = a1q("run", name, "-o", tmp_path / "run", "--smoke", *sets)
+    assert done.exit_code == 0, done.output
     report = demo.report(tmp_path / "run")
     assert report["status"] == "done"
     exports = [stage["id"] for stage in report["stages"] if stage["stage"] == "export"]
