@@ -46,6 +46,11 @@ class Step:
         """Name of the first output."""
         return self.outputs[0]
 
+    @property
+    def reads(self) -> list[str]:
+        """Names of the values that go in, constants included."""
+        return list(_flat(self.inputs.values()))
+
 
 @dataclass(frozen=True)
 class Executed:

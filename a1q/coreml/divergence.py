@@ -1,0 +1,328 @@
+"""Where fp16 leaves fp32: both precisions run side by side, operation by operation, over the same calls.
+
+What is measured of an operation's result, all of it over the numbers of one call:
+
+| figure | meaning |
+|---|---|
+| error | rms(fp16 - fp32) / rms(fp32): how far the result is off, errors that came in included |
+| own | rms(rounded - exact) / rms(exact), `exact` the same in fp32 on the fp16 run's inputs: what it alone adds |
+| growth | error over the largest error of its inputs, or over `UNIT`: what it makes of errors that came in |
+| peak | largest magnitude in fp32; fp16 ends at 65504 |
+
+Every operation rounds, so error is 2^-12 after the first one and drifts upwards from there. "The first operation where
+fp16 leaves fp32" is therefore the first whose error passes a threshold far above one rounding, or which is not finite
+in fp16 where it is in fp32. Left out are numbers that are infinite in both, and those that a mask hides: they would
+drown the others.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from a1q.coreml.constants import Constants
+from a1q.coreml.interpreter import Executed, Interpreter, State
+from a1q.coreml.movements import MOVEMENTS, Array
+
+if TYPE_CHECKING:
+    from a1q.coreml.bundle import Bundle
+
+THRESHOLD = 0.05
+"""Error at which fp16 counts as having left fp32: some two hundred roundings of the same number."""
+UNIT = 2.0**-11
+"""Largest relative error of one rounding to fp16."""
+LARGEST = 65504.0
+"""Largest fp16 number."""
+HIDDEN = -10000.0
+"""A mask hides what it adds less than this to."""
+Call = tuple[str, Mapping[str, Array]]
+"""Function and inputs."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """An operation in its program."""
+
+    function: str
+    number: int
+    """In its function, constants not counted, from 0."""
+    name: str
+    type: str
+    positional: bool
+    """Whether it is computed from positions and constants alone, as masks and rotations are."""
+    near: str
+    """The last weight or other named constant of rank 2 or more that was used before, or by, this operation."""
+
+    @property
+    def layer(self) -> int | None:
+        """The decoder layer, as the names of its weights say; None before the first one."""
+        found = re.search(r"layers?[_.](\d+)", self.near)
+        return int(found[1]) if found else None
+
+    def __str__(self) -> str:
+        near = f", near {self.near}" if self.near else ""
+        return f"{self.type} {self.name} (operation {self.number} of {self.function}{near})"
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """What one operation did, at its worst over all calls. Figures: see the module."""
+
+    place: Place
+    call: int
+    """Number of the call, from 0, in which `error` was largest (or, in `Divergence.first`, in which it left)."""
+    error: float
+    own: float
+    growth: float
+    peak: float
+
+    @property
+    def headroom(self) -> float:
+        """How many times larger its numbers could be in fp16; below 1 they do not fit."""
+        return LARGEST / self.peak if self.peak else float("inf")
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """What came out of a trace."""
+
+    first: Deviation | None
+    """The first operation, in order of execution, where fp16 left fp32; None if none did."""
+    overflow: Deviation | None
+    """The first operation that was not finite in fp16 although it was in fp32."""
+    operations: Mapping[tuple[str, str], Deviation]
+    """By function and operation, in order of execution; of those declared fp16 that compute."""
+
+    def worst(self, count: int = 5) -> list[Deviation]:
+        """The operations that added most by themselves."""
+        return sorted(self.operations.values(), key=lambda deviation: -deviation.own)[:count]
+
+    def growing(self, count: int = 5) -> list[Deviation]:
+        """The operations that made most of the errors that came in, as a difference of nearly equal numbers does."""
+        return sorted(self.operations.values(), key=lambda deviation: -deviation.growth)[:count]
+
+    def peaks(self) -> dict[int | None, Deviation]:
+        """The operation with the largest activations of each layer; None stands for what comes before the first."""
+        found: dict[int | None, Deviation] = {}
+        for deviation in self.operations.values():
+            if deviation.place.positional:
+                continue
+            known = found.get(deviation.place.layer)
+            if known is None or deviation.peak > known.peak:
+                found[deviation.place.layer] = deviation
+        return found
+
+
+def trace(
+    program: Any, calls: Iterable[Call], threshold: float = THRESHOLD, weights: Constants | None = None
+) -> Divergence:
+    """Make the same calls in fp32 and in fp16, each with a state of its own, and compare every operation.
+
+    Args:
+        program: as `reader.read_package` gives it.
+        calls: (function, inputs) in order, the first on an empty state.
+        threshold: error at which fp16 counts as having left fp32.
+        weights: see `Interpreter`.
+    """
+    tracer = Tracer(threshold)
+    weights = Constants() if weights is None else weights
+    interpreters = Interpreter(program, "fp32", weights), Interpreter(program, "fp16", weights)
+    states = interpreters[0].new_state(), interpreters[1].new_state()
+    for function, inputs in calls:
+        tracer.call(interpreters, function, inputs, states)
+    return tracer.result()
+
+
+@dataclass
+class Tracer:
+    """Collects over calls, for programs that are called in turns (`trace` is enough for one).
+
+    Args:
+        threshold: error at which fp16 counts as having left fp32.
+    """
+
+    threshold: float = THRESHOLD
+    calls: int = 0
+    _first: Deviation | None = None
+    _overflow: Deviation | None = None
+    _found: dict[tuple[str, str], Deviation] = field(default_factory=dict)
+
+    def call(
+        self,
+        interpreters: tuple[Interpreter, Interpreter],
+        function: str,
+        inputs: Mapping[str, Array],
+        states: tuple[State, State],
+        prefix: str = "",
+        half_inputs: Mapping[str, Array] | None = None,
+    ) -> tuple[dict[str, Array], dict[str, Array]]:
+        """Call one function in fp32 and fp16 and note every operation.
+
+        Args:
+            interpreters: of one program, in fp32 and in fp16.
+            prefix: put before the function's name in places, to tell programs apart.
+            half_inputs: inputs of the fp16 run where they are not the same.
+
+        Returns:
+            Outputs in fp32 and in fp16.
+        """
+        single = interpreters[0].walk(function, inputs, states[0])
+        half = interpreters[1].walk(function, inputs if half_inputs is None else half_inputs, states[1])
+        constants = interpreters[0].constants[function]
+        flow = _Flow(constants, {name for name, array in inputs.items() if not _is_float(array)})
+        while True:
+            try:
+                exact = next(single)
+            except StopIteration as end:
+                outputs = end.value
+                break
+            rounded = next(half)
+            flow.follow(exact)
+            self._note(exact, rounded, flow, prefix)
+        try:
+            next(half)
+        except StopIteration as end:
+            self.calls += 1
+            return outputs, end.value
+        raise AssertionError("both precisions run the same operations")
+
+    def result(self) -> Divergence:
+        """Everything so far."""
+        return Divergence(self._first, self._overflow, dict(self._found))
+
+    def _note(self, single: Executed, half: Executed, flow: _Flow, prefix: str) -> None:
+        step = single.step
+        incoming = max((flow.errors.get(name, 0.0) for name in step.reads), default=0.0)
+        for i, name in enumerate(step.outputs):
+            wanted, found, exact = (np.asarray(array) for array in (single.results[i], half.results[i], half.exact[i]))
+            if not _is_float(wanted):
+                continue
+            shown = flow.shown(single, wanted)
+            wanted, found, exact = wanted[shown], found[shown], exact[shown]
+            flow.errors[name] = error = relative_error(wanted, found)
+            if step.type in MOVEMENTS or not step.halves[i]:
+                continue
+            deviation = Deviation(
+                place=Place(
+                    prefix + step.function, step.place, name, step.type, step.name in flow.positional, flow.near
+                ),
+                call=self.calls,
+                error=error,
+                own=relative_error(exact, found),
+                growth=error / max(incoming, UNIT) if np.isfinite(incoming) else 1.0,
+                peak=float(np.abs(wanted[np.isfinite(wanted)]).max(initial=0)),
+            )
+            if error > self.threshold and self._first is None:
+                self._first = deviation
+            if self._overflow is None and (np.isfinite(wanted) & ~np.isfinite(found)).any():
+                self._overflow = deviation
+            key = deviation.place.function, name
+            self._found[key] = _worse(self._found[key], deviation) if key in self._found else deviation
+
+
+class _Flow:
+    """What is known of the values of one call as its operations go by."""
+
+    def __init__(self, constants: Mapping[str, Any], positional: set[str]):
+        self.constants = constants
+        self.positional = positional
+        """Values made of positions and constants alone."""
+        self.errors: dict[str, float] = {}
+        self.near = ""
+
+    def follow(self, executed: Executed) -> None:
+        """Take note of an operation that has run."""
+        reads = executed.step.reads
+        matrices = [name for name in reads if np.ndim(self.constants.get(name, 0)) >= 2]
+        self.near = next((name for name in matrices if np.size(self.constants[name]) > 1), self.near)
+        if executed.step.type == "gather" and matrices:
+            return  # rows of a table: an embedding isn't a position
+        if all(name in self.positional or name in self.constants for name in reads):
+            self.positional.update(executed.step.outputs)
+
+    def shown(self, executed: Executed, result: Array) -> Array:
+        """Which numbers of a result no mask hides: booleans in its shape."""
+        shown = np.ones(result.shape, np.bool_)
+        if executed.step.type != "add" or executed.step.name in self.positional:
+            return shown
+        for key, name in executed.step.inputs.items():
+            if name in self.positional:
+                shown &= np.asarray(executed.arguments[key]) > HIDDEN
+        return shown
+
+
+def relative_error(wanted: Array, found: Array) -> float:
+    """rms(found - wanted) / rms(wanted); infinite where `found` has a number that is not finite and `wanted` has not.
+
+    Numbers that are not finite in both are left out; if `wanted` is 0, so is the error of a `found` of 0.
+    """
+    finite = np.isfinite(wanted)
+    lost = finite & ~np.isfinite(found)
+    if lost.any():
+        return float("inf")
+    both = finite & np.isfinite(found)
+    difference = found[both].astype(np.float64) - wanted[both]
+    size = float(np.sqrt(np.square(wanted[both], dtype=np.float64).sum()))
+    distance = float(np.sqrt(np.square(difference).sum()))
+    return distance / size if size else (float("inf") if distance else 0.0)
+
+
+def _worse(known: Deviation, new: Deviation) -> Deviation:
+    """Every figure at its largest, with the call of the largest error."""
+    return replace(
+        new if new.error > known.error else known,
+        own=max(known.own, new.own),
+        growth=max(known.growth, new.growth),
+        peak=max(known.peak, new.peak),
+    )
+
+
+def _is_float(array: Any) -> bool:
+    return bool(np.issubdtype(np.asarray(array).dtype, np.floating))
+
+
+class TracingBackend:
+    """A `runner.Backend` that runs a bundle in both precisions and traces them; what it returns is fp32.
+
+    Where an output of one part is, as it stands, the input of another, the fp16 run gets its own; what a runner has
+    cut or moved in between comes from fp32.
+    """
+
+    def __init__(self, bundle: Bundle, threshold: float = THRESHOLD):
+        self.name = "interpreter, fp32 and fp16"
+        self.tracer = Tracer(threshold)
+        self._bundle = bundle
+        self._weights = Constants()
+        self._interpreters: dict[str, tuple[Interpreter, Interpreter]] = {}
+        self._outputs: dict[int, tuple[Array, Array]] = {}
+        """fp32 and fp16 output by the identity of the first."""
+
+    def new_state(self) -> tuple[State, State]:
+        """One state for each precision, shared by all parts; forgets the outputs of earlier calls."""
+        states: tuple[State, State] = {}, {}
+        self._outputs.clear()
+        for part in self._bundle.packages:
+            for state, interpreter in zip(states, self._pair(part), strict=True):
+                state.update(interpreter.new_state())
+        return states
+
+    def run(self, part: str, function: str, inputs: Mapping[str, Array], state: Any) -> dict[str, Array]:
+        """See `Backend`."""
+        own = {name: self._outputs[id(array)][1] for name, array in inputs.items() if id(array) in self._outputs}
+        prefix = f"{part}: " if len(self._bundle.packages) > 1 else ""
+        single, half = self.tracer.call(self._pair(part), function, inputs, state, prefix, {**inputs, **own})
+        self._outputs = {id(array): (array, half[name]) for name, array in single.items()}
+        return single
+
+    def _pair(self, part: str) -> tuple[Interpreter, Interpreter]:
+        if part not in self._interpreters:
+            program = self._bundle.packages[part].program
+            self._interpreters[part] = (
+                Interpreter(program, "fp32", self._weights),
+                Interpreter(program, "fp16", self._weights),
+            )
+        return self._interpreters[part]
