@@ -13,11 +13,12 @@ def write_out(model: Any) -> None:
     from a1q.quant.linear import QuantLinear
     from a1q.quant.tied import TiedHead, swap_module
 
-    for name, module in list(model.named_modules()):
+    # From the end: a head's weight is the largest and takes three times its size to make, best while little is there.
+    for name, module in reversed(list(model.named_modules())):
         if not isinstance(module, QuantLinear | TiedHead):
             continue
         weight = module.weight.detach()
-        if isinstance(module, QuantLinear):
+        if isinstance(module, QuantLinear) and module.adapter is not None:
             weight = weight + module.adapter_delta()
         dense: Any = nn.Linear(1, 1)
         dense.weight, dense.bias = nn.Parameter(weight, requires_grad=False), module.bias
