@@ -17,7 +17,7 @@ and reads their programs when they are asked for.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,8 @@ FORMAT = 2
 META = "meta.json"
 LAYOUTS = ("single", "anemll")
 TOKENIZER = "tokenizer.json"
+WITH_LOGITS = ("model", "lm_head")
+"""Roles of the parts whose outputs are the logits."""
 _ENTRIES: dict[str, type | tuple[type, ...]] = {
     "layout": str, "model_type": str, "context": int, "prefill": int, "vocabulary": int, "state": str,
     "outputs": list, "parts": list,
@@ -107,7 +109,7 @@ def read_bundle(path: Path) -> Bundle:
         raise MismatchError(f"there is no {path}")
     folder = path.parent if path.suffix == ".mlpackage" else path
     meta = read_meta(folder)
-    problems = [Problem(text) for part in meta["parts"] for text in _part_problems(folder, part)]
+    problems = [Problem(text) for part in meta["parts"] for text in _part_problems(folder, part, meta["outputs"])]
     problems += [Problem(text) for text in _tokenizer_problems(folder, meta["vocabulary"])]
     if problems:
         raise MismatchError(problems)
@@ -143,7 +145,7 @@ def _missing(entries: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str)
     return [prefix + key for key, kind in wanted.items() if not isinstance(entries.get(key), kind)]
 
 
-def _part_problems(folder: Path, part: Mapping[str, Any]) -> list[str]:
+def _part_problems(folder: Path, part: Mapping[str, Any], outputs: Sequence[str]) -> list[str]:
     """What keeps a part from being whole."""
     from a1q.coreml.weightfile import check_weights, read_spec
 
@@ -155,8 +157,14 @@ def _part_problems(folder: Path, part: Mapping[str, Any]) -> list[str]:
         check_weights(path, spec)
     except (ValueError, OSError) as error:
         return [str(error)]
-    lacking = sorted(set(part["functions"]) - set(spec.mlProgram.functions))
-    return [f"{path} has no function {name}, which {META} names" for name in lacking]
+    functions = spec.mlProgram.functions
+    found = [
+        f"{path} has no function {name}, which {META} names" for name in sorted({*part["functions"]} - {*functions})
+    ]
+    if part["role"] in WITH_LOGITS:
+        given = {name for f in functions.values() for name in f.block_specializations[f.opset].outputs}
+        found += [f"{path} has no output {name}, which {META} names" for name in outputs if name not in given]
+    return found
 
 
 def _tokenizer_problems(folder: Path, vocabulary: int) -> list[str]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from a1q.coreml.bundle import META
 from a1q.errors import MismatchError
 
 if TYPE_CHECKING:
@@ -70,8 +71,17 @@ class InterpreterBackend:
         return state
 
     def run(self, part: str, function: str, inputs: Mapping[str, Array], state: Any) -> dict[str, Array]:
-        """See `Backend`."""
-        return self.interpreter(part).run(function, inputs, state)
+        """See `Backend`.
+
+        Raises:
+            MismatchError: if the part is not what meta.json says.
+        """
+        interpreter = self.interpreter(part)
+        try:
+            return interpreter.run(function, inputs, state)
+        except (ValueError, IndexError) as error:
+            path = self._bundle.packages[part].path
+            raise MismatchError(f"{path} can't be run as {META} says: {error}") from None
 
     @property
     def overflows(self) -> dict[str, int]:

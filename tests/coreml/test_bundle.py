@@ -109,6 +109,11 @@ def test_a_function_that_is_missing(folder):
     assert "has no function prefill_base" in message(folder)
 
 
+def test_an_output_that_is_missing(folder):
+    change_meta(folder, outputs=["logits1", "logits2"])
+    assert "has no output logits1" in message(folder)
+
+
 @pytest.mark.parametrize("share", [0, 0.3, 0.9, 0.999])
 def test_truncated_weights(folder, share):
     file = folder / WEIGHTS

@@ -1,52 +1,63 @@
 from __future__ import annotations
 
-import itertools
-from dataclasses import replace
-from pathlib import Path
-
 import numpy as np
 import pytest
 
-from a1q.coreml import graph
-from a1q.coreml.toolkit import coremltools
-from a1q.coreml.verify import Reference, compare, prompt_tokens, reference_run
-from a1q.coreml.weights import Palette, decoder_weights
-from tests.coreml.models import FORMS, SCHEMES, decoder, package_of, program_of, saved
-from tests.tiny import write_tokenizer
+from a1q.coreml.reference import Reference, references, sequences
+from a1q.coreml.runner import InterpreterBackend, make_runner
+from a1q.coreml.thresholds import default_verify
+from a1q.coreml.verify import compare, total_calls, verify_bundle
+from a1q.errors import UsageError
+from tests.coreml.bundles import bundle_of
+from tests.coreml.models import FORMS, SCHEMES, decoder
 
-PROMPT = prompt_tokens(Path("nowhere"), 320, 40)
+LENGTHS = (36, 4, 8)
 
 
-def reference(model, generate=6) -> Reference:
-    return reference_run(model, PROMPT, generate)
+def expected_of(model, folder, lengths=LENGTHS) -> list[Reference]:
+    return references(model, sequences(folder, model.config.vocab_size, *lengths))
 
 
 @pytest.mark.parametrize(("name", "tied"), FORMS)
-def test_every_scheme_computes_what_torch_computes(form, name, tied):
-    model, package, layout = form(name, tied)
-    expected = reference(model)
-    fp32 = compare(package.program, layout, expected, "fp32")
-    assert fp32.cosine > 0.999999
-    assert fp32.max_error < 2e-3 * np.abs(expected.logits).max()
-    assert fp32.greedy_agreement == 1
-    assert fp32.overflows == 0
-    fp16 = compare(package.program, layout, expected, "fp16")
-    assert 0.9995 < fp16.cosine < fp32.cosine
-    assert fp16.overflows == 0
+def test_every_scheme_computes_what_torch_computes(tmp_path, name, tied):
+    model = decoder(SCHEMES[name], tie_word_embeddings=tied)
+    bundle = bundle_of(model, tmp_path)
+    report = verify_bundle(bundle, expected_of(model, tmp_path), default_verify())
+    assert report.failures == []
+    fp32, fp16 = report.figures["fp32"], report.figures["fp16"]
+    assert fp32.cosine > 0.999999 and fp32.relative_error < 2e-3
+    assert fp32.choice_agreement == fp32.greedy_agreement == fp32.decisive_agreement == 1
+    assert fp32.overflows == fp16.overflows == 0
+    assert 0.9999 < fp16.cosine < fp32.cosine
+    assert fp16.decisive_agreement == 1 and fp16.decisive > 0.8
 
 
 def test_biases_and_one_head_per_key(tmp_path):
     model = decoder(SCHEMES["rank-1"], attention_bias=True, num_key_value_heads=4)
-    package, layout = package_of(model, tmp_path)
-    assert compare(package.program, layout, reference(model), "fp32").cosine > 0.999999
+    bundle = bundle_of(model, tmp_path)
+    assert verify_bundle(bundle, expected_of(model, tmp_path), default_verify()).failures == []
 
 
-def test_unmerged_adapter(tmp_path):
+def test_ticks_and_metrics(tmp_path):
+    model, ticks = decoder(), []
+    bundle = bundle_of(model, tmp_path)
+    expected = expected_of(model, tmp_path)
+    report = verify_bundle(bundle, expected, default_verify(), lambda: ticks.append(1))
+    assert len(ticks) == total_calls(expected, 32)
+    metrics = report.metrics()
+    assert metrics["positions_fp16"] * 2 == len(ticks)
+    assert {"cosine_fp32", "kl_max_fp16", "overflow_at_fp16"} <= set(metrics)
+
+
+def test_without_unmerged_adapters_the_base_functions_are_meant(tmp_path):
     model, plain = decoder(SCHEMES["rank-1"], adapter=4), decoder(SCHEMES["rank-1"])
-    package, layout = package_of(model, tmp_path)
-    expected = reference(model)
-    assert compare(package.program, layout, expected, "fp32").cosine > 0.999999
-    assert np.abs(expected.logits - reference(plain).logits).max() > 0.1
+    bundle = bundle_of(model, tmp_path, adapter_functions=True)
+    with_adapter, without = expected_of(model, tmp_path), expected_of(plain, tmp_path)
+    wanted = default_verify()
+    assert verify_bundle(bundle, with_adapter, wanted).failures == []
+    assert verify_bundle(bundle, without, wanted, adapter="base").failures == []
+    assert verify_bundle(bundle, without, wanted).failures
+    assert verify_bundle(bundle, with_adapter, wanted, adapter="base").failures
 
 
 def test_large_activations_survive_fp16(tmp_path):
@@ -55,144 +66,73 @@ def test_large_activations_survive_fp16(tmp_path):
     model = decoder()
     with torch.no_grad():
         model.model.embed_tokens.weight.mul_(1000).copy_(model.model.embed_tokens.weight.half().float())
-    package, layout = package_of(model, tmp_path)
-    fp16 = compare(package.program, layout, reference(model), "fp16")
+    bundle = bundle_of(model, tmp_path)
+    fp16 = verify_bundle(bundle, expected_of(model, tmp_path), default_verify()).figures["fp16"]
     assert fp16.overflows == 0
     assert fp16.cosine > 0.999
 
 
-def test_overflow_is_counted_and_named(tmp_path):
+def test_overflow_fails_and_is_named(tmp_path):
     import torch
 
     model = decoder()
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight.mul_(30000).clamp_(-60000, 60000)
-    package, layout = package_of(model, tmp_path)
-    fp16 = compare(package.program, layout, reference(model), "fp16")
-    assert fp16.overflows > 0
-    assert fp16.overflow_at
-    assert compare(package.program, layout, reference(model), "fp32").overflows == 0
+    bundle = bundle_of(model, tmp_path)
+    report = verify_bundle(bundle, expected_of(model, tmp_path), default_verify())
+    assert report.figures["fp32"].overflows == 0
+    assert report.figures["fp16"].overflow_at.startswith("model: ")
+    assert any("are not finite in fp16, the first in model: " in text for text in report.failures)
+    assert report.metrics()["kl_fp16"] is None, "JSON has no infinity"
 
 
-# -- mutations: each must show -----------------------------------------------------------------------------------
-@pytest.fixture(scope="module")
-def quantized(form):
-    return form("rank-1", True)[0]
+def test_each_threshold_is_judged(tmp_path):
+    from dataclasses import replace
+
+    model = decoder()
+    bundle, expected = bundle_of(model, tmp_path), expected_of(model, tmp_path)
+    for change, words in (
+        ({"min_cosine": 1.0}, "the cosine in fp32 is 0.99999"),
+        ({"min_cosine_fp16": 1.0}, "the cosine in fp16 is 0.9999"),
+        ({"max_error": 1e-6}, "a logit in fp32 is off by"),
+    ):
+        [failure] = verify_bundle(bundle, expected, replace(default_verify(), **change)).failures
+        assert words in failure
 
 
-@pytest.fixture(scope="module")
-def expected(quantized):
-    return reference(quantized)
+def test_a_continuation_of_another_model_is_not_chosen(tmp_path):
+    model = decoder()
+    bundle = bundle_of(model, tmp_path)
+    [reference] = expected_of(model, tmp_path, (20, 8, 0))
+    tokens = reference.tokens.copy()
+    tokens[-3] = (tokens[-3] + 1) % 320
+    changed = Reference(tokens, reference.prompt, reference.written, reference.logits, reference.rounded)
+    found = compare(make_runner(bundle, InterpreterBackend(bundle, "fp32")), [changed])
+    assert found.chosen[:6] == [True] * 5 + [False] and found.written == 5
+    assert found.figures({}).greedy_agreement == 5 / 8
 
 
-MODULE = "model.layers.1.mlp.down_proj"
+def test_what_the_context_can_not_hold(tmp_path):
+    model = decoder()
+    bundle = bundle_of(model, tmp_path)
+    with pytest.raises(
+        UsageError, match="130 tokens, prompt and continuation, do not fit the package's context of 128"
+    ):
+        verify_bundle(bundle, expected_of(model, tmp_path, (120, 10, 0)), default_verify())
+    with pytest.raises(UsageError, match="nothing to compare"):
+        verify_bundle(bundle, [], default_verify())
 
 
-def mutated_weights(model, change):
-    weights = decoder_weights(model)
-    return replace(weights, linears={**weights.linears, MODULE: change(weights.linears[MODULE])})
+def test_a_device_is_compared_too(tmp_path):
+    """Core ML's place is taken by a backend that is a little off."""
+    model = decoder()
+    bundle, expected = bundle_of(model, tmp_path), expected_of(model, tmp_path)
 
+    class Noisy(InterpreterBackend):
+        def run(self, *args):
+            return {name: value + np.float32(3) * value.std() for name, value in super().run(*args).items()}
 
-def other_lut_entry(linear):
-    lut = linear.palette.lut.copy()
-    lut[0, 9] *= 1.5
-    return replace(linear, palette=Palette(linear.palette.indices, lut))
-
-
-def other_index(linear):
-    indices = linear.palette.indices.copy()
-    indices[:, 5] = (indices[:, 5] + 8) % 16
-    return replace(linear, palette=Palette(indices, linear.palette.lut))
-
-
-def no_row_scale(linear):
-    return replace(linear, a=np.ones_like(linear.a))
-
-
-def no_column_scale(linear):
-    return replace(linear, b=np.ones_like(linear.b))
-
-
-@pytest.mark.parametrize("change", [other_lut_entry, other_index, no_row_scale, no_column_scale])
-def test_another_weight_shows(tmp_path, quantized, expected, change):
-    package, layout = package_of(quantized, tmp_path, mutated_weights(quantized, change))
-    assert compare(package.program, layout, expected, "fp32").cosine < 0.9999
-
-
-@pytest.fixture
-def cosine_with(tmp_path, quantized, expected, monkeypatch):
-    """The cosine of a package that was built with one name of `target` replaced."""
-
-    def cosine(target, name, replacement):
-        with monkeypatch.context() as patch:
-            patch.setattr(target, name, replacement)
-            program, layout, _ = program_of(quantized)
-        return compare(saved(program, tmp_path).program, layout, expected, "fp32").cosine
-
-    return cosine
-
-
-@pytest.fixture
-def builder():
-    coremltools()
-    from coremltools.converters.mil import Builder
-
-    return Builder
-
-
-@pytest.mark.parametrize("shift", [-1, 1])
-def test_a_mask_off_by_one_shows(cosine_with, builder, shift):
-    compared = builder.less_equal
-
-    def shifted(x, y):
-        return compared(x=x, y=builder.add(x=y, y=np.int32(shift)))
-
-    assert cosine_with(builder, "less_equal", shifted) < 0.999
-
-
-def slot_of(builder, decoder, cache, slot):
-    spec = decoder.architecture
-    size = [1, spec.kv_heads, decoder.layout.context, spec.head_dim]
-    return builder.slice_by_size(x=cache, begin=[slot, 0, 0, 0], size=size)
-
-
-def test_swapped_states_show(cosine_with, builder):
-    remember = graph._Decoder._remember
-
-    def swapped(self, x, slot):
-        remember(self, x, slot)
-        return slot_of(builder, self, self.cache, slot ^ 1)
-
-    assert cosine_with(graph._Decoder, "_remember", swapped) < 0.999
-
-
-def test_a_stale_state_shows(cosine_with, builder):
-    remember = graph._Decoder._remember
-
-    def stale(self, x, slot):
-        before = self.cache
-        remember(self, x, slot)
-        return slot_of(builder, self, before, slot)
-
-    assert cosine_with(graph._Decoder, "_remember", stale) < 0.999
-
-
-def test_a_dropped_write_shows(cosine_with, builder):
-    """The values of the last layer are used, but never reach the state."""
-    update = builder.coreml_update_state
-    calls = itertools.count(1)
-
-    def drop(state, value):
-        return value if next(calls) % 4 == 0 else update(state=state, value=value)
-
-    assert cosine_with(builder, "coreml_update_state", drop) < 0.999
-
-
-def test_prompt_is_text_where_there_is_a_tokenizer(tmp_path):
-    write_tokenizer(tmp_path)
-    tokens = prompt_tokens(tmp_path, 320, 300)
-    assert len(tokens) == 300
-    from tokenizers import Tokenizer
-
-    assert "reads a text file" in Tokenizer.from_file(str(tmp_path / "tokenizer.json")).decode(tokens)
-    assert prompt_tokens(tmp_path, 10, 20) != tokens[:20], "ids beyond the vocabulary are not used"
+    report = verify_bundle(bundle, expected, default_verify(), device=Noisy(bundle, "fp16"))
+    assert list(report.figures) == ["fp32", "fp16", "coreml"]
+    assert [failure for failure in report.failures if "the cosine in coreml is" in failure]
+    assert verify_bundle(bundle, expected, default_verify(), device=InterpreterBackend(bundle, "fp16")).failures == []
