@@ -18,7 +18,7 @@ drown the others.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ import numpy as np
 from a1q.coreml.constants import Constants
 from a1q.coreml.interpreter import Executed, Interpreter, State
 from a1q.coreml.movements import MOVEMENTS, Array
+from a1q.coreml.operations import OPERATIONS
 
 if TYPE_CHECKING:
     from a1q.coreml.bundle import Bundle
@@ -137,6 +138,25 @@ def trace(
     return tracer.result()
 
 
+def trace_bundle(
+    bundle: Bundle,
+    tokens: Sequence[int],
+    prompt: int,
+    adapter: str | None = None,
+    threshold: float = THRESHOLD,
+    weights: Constants | None = None,
+) -> Divergence:
+    """`trace` of an exported folder of any layout: prefill over the first `prompt` tokens, then one at a time."""
+    from a1q.coreml.runner import make_runner
+
+    backend = TracingBackend(bundle, threshold, weights)
+    runner = make_runner(bundle, backend, adapter)
+    runner.prefill(tokens[:prompt])
+    for token in tokens[prompt:]:
+        runner.step(token)
+    return backend.tracer.result()
+
+
 @dataclass
 class Tracer:
     """Collects over calls, for programs that are called in turns (`trace` is enough for one).
@@ -197,6 +217,9 @@ class Tracer:
     def _note(self, single: Executed, half: Executed, flow: _Flow, prefix: str) -> None:
         step = single.step
         incoming = max((flow.errors.get(name, 0.0) for name in step.reads), default=0.0)
+        if step.type in MOVEMENTS or step.type not in OPERATIONS:
+            flow.errors.update(dict.fromkeys(step.outputs, incoming))  # moved, or put into a state: nothing computed
+            return
         for i, name in enumerate(step.outputs):
             wanted, found, exact = (np.asarray(array) for array in (single.results[i], half.results[i], half.exact[i]))
             if not _is_float(wanted):
@@ -204,7 +227,7 @@ class Tracer:
             shown = flow.shown(single, wanted)
             wanted, found, exact = wanted[shown], found[shown], exact[shown]
             flow.errors[name] = error = relative_error(wanted, found)
-            if step.type in MOVEMENTS or not step.halves[i]:
+            if not step.halves[i]:
                 continue
             deviation = Deviation(
                 place=Place(
@@ -292,11 +315,11 @@ class TracingBackend:
     cut or moved in between comes from fp32.
     """
 
-    def __init__(self, bundle: Bundle, threshold: float = THRESHOLD):
+    def __init__(self, bundle: Bundle, threshold: float = THRESHOLD, weights: Constants | None = None):
         self.name = "interpreter, fp32 and fp16"
         self.tracer = Tracer(threshold)
         self._bundle = bundle
-        self._weights = Constants()
+        self._weights = Constants() if weights is None else weights
         self._interpreters: dict[str, tuple[Interpreter, Interpreter]] = {}
         self._outputs: dict[int, tuple[Array, Array]] = {}
         """fp32 and fp16 output by the identity of the first."""

@@ -113,7 +113,7 @@ class Interpreter:
     def walk(
         self, function: str, inputs: Mapping[str, Array], state: State
     ) -> Generator[Executed, None, dict[str, Array]]:
-        """`run`, operation by operation: yields each one that computes; the outputs are the generator's return value.
+        """`run`, operation by operation: yields each one as it is done; the outputs are the generator's return value.
 
         What is yielded is valid until the next operation: a state may be overwritten then.
         """
@@ -121,13 +121,15 @@ class Interpreter:
         values: dict[str, Any] = self._accept(function, inputs)
         for step in self._steps[function]:
             if step.type == "read_state":
-                values[step.name] = state[step.inputs["input"]]
+                values[step.name] = current = state[step.inputs["input"]]
+                yield Executed(step, {}, [current], [current])
                 continue
             arguments = {key: _resolve(ref, values, constants) for key, ref in step.inputs.items() if key != "state"}
             for name in step.last_uses:
                 values.pop(name, None)
             if step.type == "coreml_update_state":
-                state[step.inputs["state"]] = values[step.name] = arguments["value"]
+                state[step.inputs["state"]] = values[step.name] = current = arguments["value"]
+                yield Executed(step, arguments, [current], [current])
                 continue
             with np.errstate(all="ignore"):
                 exact, results = self._execute(step, arguments, values)

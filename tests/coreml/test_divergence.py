@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from a1q.coreml.bundle import Bundle
-from a1q.coreml.divergence import UNIT, TracingBackend, relative_error, trace
-from a1q.coreml.interpreter import Interpreter
+from a1q.coreml.divergence import UNIT, TracingBackend, relative_error, trace, trace_bundle
+from a1q.coreml.interpreter import Interpreter, half_rounded
+from a1q.coreml.runner import InterpreterBackend, make_runner
+from tests.coreml.anemll.exported import exported, family
 from tests.coreml.models import SCHEMES, decoder, package_of
 from tests.coreml.one_operation import program_of
 
@@ -37,12 +39,13 @@ def test_the_first_operation_that_leaves_is_named():
     assert max(errors) < found.first.error / 10
 
 
-def test_without_a_cause_nothing_is_named():
-    def harmless(mb, x):
-        for i in range(100):
-            x = mb.mul(x=x, y=np.float16(1.1 if i % 2 else 1 / 1.1))
-        return x
+def harmless(mb, x):
+    for i in range(99):
+        x = mb.mul(x=x, y=np.float16(1.1 if i % 2 else 1 / 1.1))
+    return mb.mul(x=x, y=np.float16(1.1), name="h")
 
+
+def test_without_a_cause_nothing_is_named():
     found = trace(program_of(harmless, [X], half=True), [("main", {"x": X})])
     assert found.first is None and found.overflow is None
     assert len(found.operations) == 100
@@ -152,17 +155,31 @@ def test_parts_pass_on_their_own_precision(tmp_path):
         def __init__(self, build):
             self.program = program_of(build, [X], half=True)
 
-    parts = {
-        "one": Part(lambda mb, x: mb.mul(x=x, y=np.float16(1.1), name="h")),
-        "two": Part(lambda mb, x: mb.mul(x=x, y=np.float16(1), name="h")),
-    }
+    parts = {"one": Part(harmless), "two": Part(lambda mb, x: mb.mul(x=x, y=np.float16(1), name="h"))}
     backend = TracingBackend(Bundle(tmp_path, {}, parts))
-    hidden = backend.run("one", "main", {"x": X}, backend.new_state())["h"]
-    backend.run("two", "main", {"x": hidden}, backend.new_state())
-    operations = backend.tracer.result().operations
-    first = operations["one: main", "h"]
-    assert operations["two: main", "h"].error > 0
-    assert first.error > 0
+    states = backend.new_state()
+    hidden = backend.run("one", "main", {"x": X}, states)["h"]
+    backend.run("two", "main", {"x": hidden}, states)
+    errors = {key: deviation.error for key, deviation in backend.tracer.result().operations.items()}
+    assert errors["two: main", "h"] == errors["one: main", "h"]
+    assert errors["two: main", "h"] > 2 * relative_error(hidden, half_rounded(hidden))  # more than one rounding
+
+
+def test_a_model_in_parts(tmp_path):
+    """Embeddings, chunks that share a state, infinite masks, head: the fp16 run is what an fp16 backend gives alone."""
+    bundle = exported(family("gemma3_text"), tmp_path)
+    backend, half = TracingBackend(bundle), InterpreterBackend(bundle, "fp16")
+    traced, alone = make_runner(bundle, backend), make_runner(bundle, half)
+    traced.prefill(IDS.tolist())
+    alone.prefill(IDS.tolist())
+    state = traced.state[1]
+    assert all(np.array_equal(state[name], alone.state[name]) for name in alone.state)
+    found = backend.tracer.result()
+    assert found.first is None and found.overflow is None
+    assert {function.split(": ")[0] for function, _ in found.operations} == set(bundle.packages)
+    layers = {layer for layer in found.peaks() if layer is not None}
+    assert layers == set(range(max(part["layers"][1] for part in bundle.meta["parts"])))
+    assert set(trace_bundle(bundle, IDS.tolist(), 30).operations) == set(found.operations)
 
 
 def test_relative_error():
