@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,8 @@ from a1q.quant.grid import nearest, sums_per_entry
 
 SAMPLE = 1 << 20
 """Quantiles are taken of at most this many values per table, evenly spaced through them."""
+CLUSTERED = 1 << 22
+"""Tables are fitted to at most about this many values each: an embedding has 150 million, and 4 million say the same."""
 
 
 def quantile_start(values: Tensor, count: int) -> Tensor:
@@ -26,6 +30,8 @@ def quantile_start(values: Tensor, count: int) -> Tensor:
 def lloyd(values: Tensor, use: Tensor, lut: Tensor, rounds: int) -> Tensor:
     """Lloyd's iteration: the weighted mean of each cell in turn; stops early once no index changes.
 
+    Of more than `CLUSTERED` values per table, evenly spaced ones are taken.
+
     Args:
         values: [out, in]; row block i belongs to table i.
         use: weights >= 0, [out, in].
@@ -34,6 +40,7 @@ def lloyd(values: Tensor, use: Tensor, lut: Tensor, rounds: int) -> Tensor:
     Returns:
         [n, L], rows ascending. Entries that attract no weight stay where they are.
     """
+    values, use = _thinned(values, use, len(lut))
     indices = nearest(values, lut)
     for _ in range(rounds):
         mass = sums_per_entry(indices, use, lut)
@@ -44,3 +51,14 @@ def lloyd(values: Tensor, use: Tensor, lut: Tensor, rounds: int) -> Tensor:
             break
         indices = moved
     return lut
+
+
+def _thinned(values: Tensor, use: Tensor, tables: int) -> tuple[Tensor, Tensor]:
+    """Both [out, in] as they are, or about `CLUSTERED` of each table's, [tables, m]."""
+    count, columns = values.numel() // tables, values.shape[1]
+    stride = -(-count // CLUSTERED)
+    if stride == 1:
+        return values, use
+    while math.gcd(stride, columns) > 1:  # else some columns would never be looked at
+        stride += 1
+    return tuple(x.reshape(tables, -1)[:, ::stride].contiguous() for x in (values, use))  # type: ignore[return-value]

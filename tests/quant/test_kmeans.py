@@ -47,3 +47,21 @@ def test_fewer_values_than_entries() -> None:
     values = torch.tensor([[-1.0, 2.0, -1.0, 2.0]])
     lut = lloyd(values, torch.ones_like(values), quantile_start(values, 8), rounds=10)
     assert torch.equal(lookup(lut, nearest(values, lut)), values)
+
+
+def test_a_sample_of_a_large_table_gives_nearly_the_same_entries(monkeypatch):
+    from a1q.quant import kmeans
+
+    values = torch.randn(96, 512, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.5, 2, 512)
+    use = torch.rand(96, 512, generator=torch.Generator().manual_seed(1))
+    start = quantile_start(values.reshape(1, -1), 16)
+    whole = lloyd(values, use, start, 100)
+    monkeypatch.setattr(kmeans, "CLUSTERED", 8192)
+    thinned, _ = kmeans._thinned(values, use, 1)
+    assert thinned.shape[0] == 1 and 6000 < thinned.shape[1] <= 8192
+    sampled = lloyd(values, use, start, 100)
+
+    def error(lut):
+        return float((use * (values - lookup(lut, nearest(values, lut))).square()).sum())
+
+    assert error(whole) <= error(sampled) < 1.05 * error(whole)

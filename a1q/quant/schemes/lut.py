@@ -28,6 +28,7 @@ class LutConfig:
 class Lut(Scheme):
     """k-means palettization, the form that Core ML calls palettized weights."""
 
+    version = 2
     Config = LutConfig
 
     def __init__(self, config: LutConfig):

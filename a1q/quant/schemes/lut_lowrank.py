@@ -36,7 +36,7 @@ class LutLowrankConfig:
 class LutLowrank(Scheme):
     """One table per weight and a scale of rank r, by default a row scale times a column scale."""
 
-    version = 2
+    version = 3
     Config = LutLowrankConfig
 
     def __init__(self, config: LutLowrankConfig):
