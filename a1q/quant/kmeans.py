@@ -12,7 +12,7 @@ from a1q.quant.grid import nearest, sums_per_entry
 SAMPLE = 1 << 20
 """Quantiles are taken of at most this many values per table, evenly spaced through them."""
 CLUSTERED = 1 << 22
-"""Tables are fitted to at most about this many values each: an embedding has 150 million, and 4 million say the same."""
+"""Tables are fitted to at most about this many values each: an embedding has 150 million, 4 million say the same."""
 
 
 def quantile_start(values: Tensor, count: int) -> Tensor:
