@@ -127,6 +127,7 @@ def _examine(
         "layout": bundle.meta["layout"],
         "tokens": {"prompt": wanted.prompt, "generate": wanted.generate, "random": wanted.random},
         "figures": {way: figures.as_json() for way, figures in report.figures.items()},
+        "trace": report.trace(),
         "failures": report.failures,
         "costs": asdict(account_bundle(bundle, read_view(folder).parameters)),
         "lint": [asdict(finding) | {"text": str(finding)} for finding in lint_bundle(bundle)],

@@ -3,7 +3,7 @@
 The packages as saved are run over a text, the model's own continuation of it, and random tokens, in two ways: token
 by token from the start, and `prefill` over the prompt followed by single tokens. Every logit vector that comes out is
 compared with the PyTorch model's, in fp32, which shows whether the graph is the model, and in emulated fp16, which
-shows whether the numbers fit.
+shows whether the numbers fit. Where fp16 goes its own way is found by running both side by side.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from a1q.coreml.constants import Constants
+from a1q.coreml.divergence import Divergence, trace_bundle
 from a1q.coreml.figures import Figures, Tally
 from a1q.coreml.reference import Reference
 from a1q.coreml.runner import Backend, InterpreterBackend, Runner, make_runner
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16")
 DEVICE = "coreml"
 """The figures of Core ML itself."""
+TRACED = 2
+"""Tokens after the prompt over which both precisions are compared operation by operation."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +40,34 @@ class Report:
     """By precision of the interpreter, and `coreml` where that ran."""
     failures: list[str]
     """What of the thresholds was not reached, one sentence each; empty for a good package."""
+    divergence: Divergence
+    """fp16 beside fp32, operation by operation, over the first prompt and `TRACED` tokens."""
 
     def metrics(self) -> dict[str, Any]:
-        """All figures as `cosine_fp32`, ..."""
+        """All figures as `cosine_fp32`, ..., and what `trace` says."""
         return {
-            f"{name}_{way}": value for way, figures in self.figures.items() for name, value in figures.as_json().items()
+            **{
+                f"{name}_{way}": value for way, found in self.figures.items() for name, value in found.as_json().items()
+            },
+            **self.trace(),
+        }
+
+    def trace(self) -> dict[str, Any]:
+        """Where fp16 leaves fp32, and the largest activations, as JSON.
+
+        `leaves_fp32_at`: the first operation of fp16 more than 5 % off, or null. `peak`, `peak_at`: the largest
+        activation and its operation. `layer_peaks`: the largest of every layer. `most_rounded`: the operations that
+        add most error by themselves, and how much.
+        """
+        found = self.divergence
+        peaks = found.peaks()
+        highest = max(peaks.values(), key=lambda deviation: deviation.peak)
+        return {
+            "leaves_fp32_at": None if found.first is None else str(found.first.place),
+            "peak": highest.peak,
+            "peak_at": str(highest.place),
+            "layer_peaks": {str(layer): deviation.peak for layer, deviation in peaks.items() if layer is not None},
+            "most_rounded": {str(deviation.place): deviation.own for deviation in found.worst(3)},
         }
 
 
@@ -70,9 +96,15 @@ def verify_bundle(
         backend = InterpreterBackend(bundle, precision, weights)
         found = compare(make_runner(bundle, backend, adapter), references, tick)
         figures[precision] = found.figures(backend.overflows)
+    divergence = _trace(bundle, references[0], adapter, weights)
     if device is not None:
         figures[DEVICE] = compare(make_runner(bundle, device, adapter), references, tick).figures({})
-    return Report(figures, failures(figures, wanted))
+    return Report(figures, failures(figures, wanted), divergence)
+
+
+def _trace(bundle: Bundle, reference: Reference, adapter: str | None, weights: Constants) -> Divergence:
+    tokens = reference.tokens[: reference.prompt + TRACED].tolist()
+    return trace_bundle(bundle, tokens, reference.prompt, adapter, weights=weights)
 
 
 def check_length(bundle: Bundle, lengths: Sequence[int]) -> None:

@@ -45,7 +45,14 @@ def _figures(found: Mapping[str, Any]) -> str:
     rows = [[title, *(_cell(name, figures[name]) for figures in ways.values())] for name, title in FIGURES.items()]
     text = table(["", *ways], rows, right=range(1, len(ways) + 1))
     places = [f"first not finite in {way}: {f['overflow_at']}" for way, f in ways.items() if f["overflow_at"]]
-    return "\n".join([text, *places])
+    return "\n".join([text, *places, *_trace(found["trace"])])
+
+
+def _trace(trace: Mapping[str, Any]) -> Iterator[str]:
+    yield f"fp16 is more than 5 % off fp32: {trace['leaves_fp32_at'] or 'in no operation'}"
+    yield f"largest activation: {figure(trace['peak'])} in {trace['peak_at']}; fp16 ends at 65504"
+    for place, error in trace["most_rounded"].items():
+        yield f"most rounded: {place}, by {error:.2g} of its size"
 
 
 def _cell(name: str, value: Any) -> str:
