@@ -10,9 +10,10 @@ import pytest
 
 from tests import demo
 from tests.cli.support import a1q
+from tests.data.text import sentence
 from tests.tiny import tiny_family_folder
 
-TEXT = "data.text={source: builtin:prose, seq_len: 32}"
+TEXT = "data.text={source: {text}, seq_len: 32, holdout: 0.2}"
 VERIFY = "{prompt: 40, generate: 4, random: 16}"
 SHORT = [f"stages.{export}.{option}" for export in ("ane", "app") for option in ("context=128", f"verify={VERIFY}")]
 FAMILY = [
@@ -68,7 +69,7 @@ def _filled(text: str, facts: Mapping[str, str]) -> str:
 
 @pytest.fixture(scope="session")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One store for all runs, so that the built-in text is read from this machine once."""
+    """One store for all runs."""
     return tmp_path_factory.mktemp("home")
 
 
@@ -76,9 +77,12 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_it_runs_to_its_exports(name: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("A1Q_HOME", str(home))
     model_type = MODEL_TYPES.get(name, "qwen3")
-    model = tiny_family_folder(tmp_path / "model", model_type)
+    one_layer = {} if model_type == "gemma3_text" else {"num_hidden_layers": 1}  # Gemma has two kinds of layers
+    model = tiny_family_folder(tmp_path / "model", model_type, **one_layer)
     layers = json.loads((model / "config.json").read_text())["num_hidden_layers"]
-    facts = {"{model}": str(model), "{mlp}": str(3 * layers), "{attn}": str(4 * layers)}
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": sentence(number)}) + "\n" for number in range(400)), encoding="utf-8")
+    facts = {"{model}": str(model), "{text}": str(text), "{mlp}": str(3 * layers), "{attn}": str(4 * layers)}
     sets = [word for item in SETTINGS[name] for word in ("--set", _filled(item, facts))]
     done = a1q("run", name, "-o", tmp_path / "run", "--smoke", *sets)
     assert done.exit_code == 0, done.output

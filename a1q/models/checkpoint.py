@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from a1q.errors import StageError
-from a1q.models.view import QUANTIZED, SNAPPED, read_safetensors_header
+from a1q.models.view import QUANTIZED, SNAPPED, read_safetensors_header, weight_files
 
 if TYPE_CHECKING:
     import torch
@@ -104,10 +104,7 @@ def load_model(folder: Path, device: str | torch.device = "cpu", dtype: torch.dt
     dtype = dtype or torch.float32
     if not (folder / "config.json").is_file():
         raise StageError(f"{folder} is not a model: it has no config.json")
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise StageError(f"{folder} has no .safetensors file; other weight formats are not read")
-    headers = {file: _header(file) for file in files}
+    headers = {file: _header(file) for file in weight_files(folder)}
     text = headers.get(folder / WEIGHTS, {}).get("__metadata__", {}).get("a1q")
     if text is None:
         model = _load_plain(folder, dtype)

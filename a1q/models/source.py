@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import difflib
-import json
 from pathlib import Path
 
 from a1q.engine.artifact import BESIDE, Artifact
 from a1q.engine.digests import content_digest
 from a1q.errors import MismatchError, StageError
-from a1q.models.view import read_view
+from a1q.models.view import read_view, weight_files
 
 BUILTIN = {"builtin:pico": Path(__file__).parent / "pico"}
 OFFLINE = "offline, `builtin:pico` and folders work"
+OTHER_COPIES = ["consolidated*", "original/*"]
+"""The same weights under the names of their makers' own programs."""
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 CONTENT = ("*.json", "*.jinja", "*.txt", "*.model")
 """Files beside the weights that decide what a model computes: config, tokenizer, template."""
@@ -35,7 +36,6 @@ def resolve_source(source: str, revision: str | None = None) -> Artifact:
     folder, found_revision = _folder(source, revision)
     try:
         config = read_view(folder).config
-        _check_shards(folder)
         if not isinstance(config.get("model_type"), str):
             raise StageError(f"{folder / 'config.json'} names no model_type")
     except StageError as error:
@@ -48,26 +48,9 @@ def resolve_source(source: str, revision: str | None = None) -> Artifact:
             "where transformers knows the architecture, a copy of the folder without `auto_map` works"
         )
     beside = [path.name for pattern in CONTENT for path in folder.glob(pattern) if path.name not in BESIDE]
-    names = {*(path.name for path in folder.glob("*.safetensors")), *beside}
+    names = {*(path.name for path in weight_files(folder)), *beside}
     meta = {"source": source, "revision": found_revision}
     return Artifact("model", folder, content_digest(folder, names), meta, lambda: content_digest(folder, names))
-
-
-def _check_shards(folder: Path) -> None:
-    """Refuse a sharded model of which a shard is missing.
-
-    Raises:
-        StageError: naming it.
-    """
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise StageError(f"{index} is damaged") from None
-        missing = [name for name in shards if not (folder / name).is_file()]
-        if missing:
-            raise StageError(f"{folder} lacks {', '.join(missing)}, which its index names")
 
 
 def _folder(source: str, revision: str | None) -> tuple[Path, str | None]:
@@ -97,7 +80,8 @@ def _from_hub(source: str, revision: str | None) -> tuple[Path, str | None]:
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        folder = Path(snapshot_download(source, revision=revision, allow_patterns=["*.safetensors", *CONTENT]))
+        wanted = ["*.safetensors", *CONTENT]
+        folder = Path(snapshot_download(source, revision=revision, allow_patterns=wanted, ignore_patterns=OTHER_COPIES))
     except HFValidationError:
         raise MismatchError(f"model {source!r} is neither a folder nor a Hub id; {OFFLINE}") from None
     except (LocalEntryNotFoundError, ConnectionError, TimeoutError) as error:

@@ -88,6 +88,31 @@ def read_safetensors_header(path: Path) -> dict[str, Any]:
     return header
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that make up the model: those of its index, or `model.safetensors`, or all there are.
+
+    Some folders on the Hub hold the weights a second time under other names (Mistral's `consolidated.safetensors`).
+
+    Raises:
+        StageError: if there are none, one that the index names is missing, or the index is damaged.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise StageError(f"{index} is damaged") from None
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise StageError(f"{folder} lacks {', '.join(missing)}, which its index names")
+        return [folder / name for name in names]
+    whole = folder / "model.safetensors"
+    files = [whole] if whole.is_file() else sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise StageError(f"{folder} has no .safetensors file; other weight formats are not read")
+    return files
+
+
 def read_view(folder: Path) -> ModelView:
     """The view of a model folder, a1q's own or plain Hugging Face, from `config.json` and safetensors headers.
 
@@ -105,9 +130,7 @@ def read_view(folder: Path) -> ModelView:
     for name in SIZES:
         if not isinstance(config.get(name, 0), int):
             raise StageError(f"{folder}: {name} in its config.json is {config[name]!r}, expected a whole number")
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise StageError(f"{folder} has no .safetensors file; other weight formats are not read")
+    files = weight_files(folder)
     shapes: dict[str, list[int]] = {}
     facts: dict[str, Any] = {}
     try:

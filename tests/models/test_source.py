@@ -87,6 +87,7 @@ def test_an_unreachable_hub_names_what_works_offline(name: str, monkeypatch: pyt
 
     def unreachable(*args, **kwargs):
         assert not any("bin" in pattern for pattern in kwargs["allow_patterns"])
+        assert "consolidated*" in kwargs["ignore_patterns"]
         raise error("no route")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
@@ -120,3 +121,30 @@ def test_a_config_that_is_none_is_told(tmp_path: Path, config: str, text: str) -
     (folder / "config.json").write_text(config)
     with pytest.raises(MismatchError, match=text):
         resolve_source(str(folder))
+
+
+def test_a_second_copy_of_the_weights_under_other_names_is_left_out(tmp_path: Path) -> None:
+    """As in Mistral's folders, with and without an index."""
+    from safetensors.torch import load_file, save_file
+
+    from a1q.models.checkpoint import load_model
+    from a1q.models.view import read_view
+
+    folder = tiny_folder(tmp_path / "model")
+    view = read_view(folder)
+    tensors = load_file(folder / "model.safetensors")
+    save_file({f"layers.{name}": tensor for name, tensor in tensors.items()}, folder / "consolidated.safetensors")
+    assert read_view(folder) == view
+
+    names = sorted(tensors)
+    shards = {"model-1.safetensors": names[:9], "model-2.safetensors": names[9:]}
+    for shard, inside in shards.items():
+        save_file({name: tensors[name] for name in inside}, folder / shard, metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": {name: shard for shard, inside in shards.items() for name in inside}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "model.safetensors").unlink()
+    assert read_view(folder) == view
+    before = resolve_source(str(folder)).digest
+    (folder / "consolidated.safetensors").unlink()
+    assert resolve_source(str(folder)).digest == before
+    assert load_model(folder).config.model_type == "qwen3"
