@@ -1,4 +1,8 @@
-"""Core ML: a decoder as a palettized, stateful package, and the means to check that package without a Mac.
+"""Core ML packages: from a decoder's weights to files, and from the files back to numbers, without a Mac.
 
-Downward: `verify`, `interpreter`, `operations`; `reader`; `package`; `graph`, `linear`, `weights`; `architecture`.
+Building: `architecture`, `weights` (what the model holds); `linear`, `decoder` (operations); `layouts`, `single`,
+`anemll` (programs, parts); `package` (files). `activations` and `repalettize` look at or change the model before.
+Reading back: `toolkit`, `weightfile`, `spec`, `reader`, `bundle`. Running: `operations`, `movements`, `constants`,
+`interpreter`, `runner`, `writing`; `device` on a Mac. Judging: `reference`, `figures`, `thresholds`, `matching`, `verify`,
+`divergence`; `costs`, `accounting`; `rules`, `lint`.
 """
