@@ -175,6 +175,7 @@ def _generate_with_package(
     from transformers import TextStreamer
 
     from a1q.coreml.bundle import TOKENIZER, read_bundle
+    from a1q.coreml.device import CoreMLBackend, available
     from a1q.coreml.runner import InterpreterBackend, make_runner
     from a1q.coreml.writing import Sampler, write
 
@@ -187,7 +188,7 @@ def _generate_with_package(
     if max(ids) >= bundle.vocabulary:
         raise UsageError(f"the prompt has a token that this package does not know: {tokenizer.decode([max(ids)])!r}")
     ends = _end_tokens(folder, tokenizer, bundle.meta.get("eos_token_id"))
-    backend = InterpreterBackend(bundle, precision)
+    backend = CoreMLBackend(bundle) if available() is None else InterpreterBackend(bundle, precision)
     runner = make_runner(bundle, backend)
     streamer = TextStreamer(tokenizer, skip_special_tokens=True) if stream else None
     start, written = time.perf_counter(), []

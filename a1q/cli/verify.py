@@ -113,10 +113,13 @@ def _examine(
     from a1q.coreml.bundle import read_bundle
     from a1q.coreml.lint import lint_bundle
     from a1q.coreml.matching import require_match
+    from a1q.coreml.runner import check_adapter
     from a1q.models.locate import locate_folder, locate_model
     from a1q.models.view import read_view
 
-    bundle = read_bundle(Path(package) if Path(package).exists() else locate_folder(package))
+    stage_of_run = ":" in package and not Path(package).exists()
+    bundle = read_bundle(locate_folder(package) if stage_of_run else Path(package).expanduser())
+    check_adapter(bundle, adapter)
     folder = locate_model(against)
     require_match(bundle, folder)
     report = _compare(bundle, folder, wanted, adapter, units)

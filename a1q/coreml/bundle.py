@@ -16,6 +16,7 @@ and reads their programs when they are asked for.
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -106,7 +107,10 @@ def read_bundle(path: Path) -> Bundle:
         MismatchError: naming all that is missing, truncated or damaged, or a tokenizer that is not this model's.
     """
     if not path.exists():
-        raise MismatchError(f"there is no {path}")
+        beside = [item.name for item in path.parent.iterdir()] if path.parent.is_dir() else []
+        near = difflib.get_close_matches(path.name, beside, 1)
+        hint = f"did you mean {path.parent / near[0]}?" if near else ""
+        raise MismatchError([Problem(f"there is no {path}", hint=hint)])
     folder = path.parent if path.suffix == ".mlpackage" else path
     meta = read_meta(folder)
     problems = [Problem(text) for part in meta["parts"] for text in _part_problems(folder, part, meta["outputs"])]

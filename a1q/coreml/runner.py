@@ -175,6 +175,19 @@ def adapters(bundle: Bundle) -> list[str]:
     return [name.removeprefix("infer_") for name in found]
 
 
+def check_adapter(bundle: Bundle, adapter: str | None) -> None:
+    """Refuse functions that the bundle has not.
+
+    Raises:
+        MismatchError: with those it has.
+    """
+    known = adapters(bundle)
+    if adapter is not None and adapter not in known:
+        raise MismatchError(
+            f"{bundle.folder} has no functions infer_{adapter}; it has {', '.join(known) or 'no others'}"
+        )
+
+
 def make_runner(bundle: Bundle, backend: Backend, adapter: str | None = None) -> Runner:
     """The runner of the bundle's layout.
 
@@ -184,11 +197,7 @@ def make_runner(bundle: Bundle, backend: Backend, adapter: str | None = None) ->
     Raises:
         MismatchError: if the bundle has no such functions.
     """
-    known = adapters(bundle)
-    if adapter is not None and adapter not in known:
-        raise MismatchError(
-            f"{bundle.folder} has no functions infer_{adapter}; it has {', '.join(known) or 'no others'}"
-        )
+    check_adapter(bundle, adapter)
     if bundle.meta["layout"] == "anemll":
         from a1q.coreml.anemll.runner import AnemllRunner
 
