@@ -168,8 +168,9 @@ def _text(source: Artifact, model: nn.Module, config: CoremlConfig) -> Any:
 
     from a1q.coreml.reference import prompt_tokens
 
-    vocabulary = int(model.config.vocab_size)  # type: ignore[union-attr, arg-type]
-    return np.array([prompt_tokens(source.path, vocabulary, min(config.context, MEASURED))])
+    vocabulary, start = int(model.config.vocab_size), model.config.bos_token_id  # type: ignore[union-attr, arg-type]
+    first = [start] if isinstance(start, int) else []  # where text begins so, its activations tend to be the largest
+    return np.array([first + prompt_tokens(source.path, vocabulary, min(config.context, MEASURED) - len(first))])
 
 
 def _residual_scale(model: nn.Module, source: Artifact, config: CoremlConfig, ctx: StageContext) -> float:

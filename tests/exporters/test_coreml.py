@@ -248,6 +248,20 @@ def test_a_residual_stream_beyond_fp16_is_scaled(tmp_path):
         CoremlExporter().export(source, config(residual_scale=1.0), unscaled)
 
 
+def test_activations_are_measured_from_the_token_that_begins_text(tmp_path):
+    import torch
+
+    from a1q.coreml.reference import random_tokens
+
+    start = next(token for token in range(320) if token not in random_tokens(320, 128))
+    model = decoder(bos_token_id=start)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[start] *= 1000
+    ctx = context(tmp_path / "out")
+    CoremlExporter().export(artifact(model, tmp_path), config(verify=None), ctx)
+    assert ctx.metrics["peak_activation"] >= model.model.embed_tokens.weight[start].abs().max() > 100
+
+
 def test_a_weight_beyond_fp16(tmp_path):
     import torch
 
