@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -131,6 +132,7 @@ class CoremlExporter(Exporter):
         layout.companions(ctx.out, meta, options)
         bundle = read_bundle(ctx.out)
         _measure(bundle, view, ctx)
+        _lint(bundle, ctx)
         if config.verify is not None:
             _verify(bundle, expected, config.verify, ctx)
             if options.adapter_functions:
@@ -256,6 +258,16 @@ def _measure(bundle: Bundle, view: Any, ctx: StageContext) -> None:
         wanted = part.theory_bytes or 0
         if abs(part.weight_bytes - wanted) > max(SIZE_TOLERANCE * wanted, SIZE_SLACK):
             raise StageError(f"the weight file of {part.name} has {part.weight_bytes:,} bytes, its bits say {wanted:,}")
+
+
+def _lint(bundle: Bundle, ctx: StageContext) -> None:
+    """Say what the Neural Engine is known to dislike; notes are counted only, `a1q verify --lint` shows them."""
+    from a1q.coreml.lint import digest, lint_bundle
+
+    findings = lint_bundle(bundle)
+    for line in digest(finding for finding in findings if finding.severity != "note"):
+        ctx.log(line)
+    ctx.metrics["lint"] = dict(sorted(Counter(finding.severity for finding in findings).items()))
 
 
 def _meta(

@@ -1,7 +1,7 @@
 """The weights of a decoder as NumPy arrays in the form in which Core ML will hold them.
 
-A linear is `y = W x + bias + B(A x)` where W is dense, or a palette, or a palette times `a @ b` elementwise, or integers
-with a scale and a zero point per block; `(A, B)` is an unmerged adapter. An embedding is such a matrix too.
+A linear is `y = W x + bias + B(A x)` where W is dense, or a palette, or a palette times `a @ b` elementwise, or
+integers with a scale and a zero point per block; `(A, B)` is an unmerged adapter. An embedding is such a matrix too.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ def test_weight_file_has_the_theoretical_size(tmp_path):
     model = decoder(SCHEMES["tensor-2"], hidden_size=256, intermediate_size=512)
     package, _ = package_of(model, tmp_path)
     weights = decoder_weights(model)
-    theory = 2 * weights.embedding.size
+    theory = weights.embedding.theory_bits // 8
     theory += sum(linear.palette.indices.size * 2 // 8 for linear in weights.linears.values())
     theory += sum(2 * 2 * norm.size for norm in weights.norms.values())
     entries = 3 * len(weights.linears) + len(weights.norms) + 8
