@@ -69,7 +69,8 @@ a1q: 1
 name: coreml-size
 model: {{source: {model}}}
 stages:
-  - export: {{format: coreml, layout: single, context: 512, prefill: 64, verify: {{prompt: 80, generate: 8}}}}
+  - export:
+      {{format: coreml, layout: single, context: 512, prefill: 64, verify: {{prompt: 72, generate: 8, random: 0}}}}
 """
 
 
@@ -113,8 +114,8 @@ def write_model(folder: Path, layers: int, mlp_rank: int, attention_rank: int) -
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def a1q(*arguments: str, home: Path) -> tuple[float, float]:
-    """Wall seconds and peak memory in GiB of one command, in a fresh process."""
+def a1q(*arguments: str, home: Path) -> tuple[float, float, float]:
+    """Wall seconds, processor seconds and peak memory in GiB of one command, in a fresh process."""
     start = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, "-m", "a1q", *arguments], env={**os.environ, "A1Q_HOME": str(home)}, stdout=subprocess.DEVNULL
@@ -125,7 +126,7 @@ def a1q(*arguments: str, home: Path) -> tuple[float, float]:
     if process.returncode:
         raise SystemExit(f"a1q {' '.join(arguments)} failed with exit code {process.returncode}")
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes there, KiB elsewhere
-    return seconds, usage.ru_maxrss * unit / 2**30
+    return seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * unit / 2**30
 
 
 def layer_bits(package: Path, layers: int) -> float:
@@ -147,25 +148,21 @@ def measure(name: str, layers: int) -> dict[str, Any]:
         model.mkdir()
         write_model(model, layers, mlp_rank, attention_rank)
         recipe.write_text(RECIPE.format(model=model), encoding="utf-8")
-        plan_seconds, _ = a1q("plan", str(recipe), home=home)
-        seconds, gib = a1q("run", str(recipe), "-o", str(Path(place, "out")), home=home)
+        plan_seconds, *_ = a1q("plan", str(recipe), home=home)
+        seconds, processor, gib = a1q("run", str(recipe), "-o", str(Path(place, "out")), home=home)
         (stage,) = json.loads(Path(place, "out", "report.json").read_text())["stages"]
         metrics = stage["metrics"]
         bits = layer_bits(Path(stage["artifact"], "model.mlpackage"), layers)
-    parameters = (
-        VOCABULARY * HIDDEN
-        + HIDDEN
-        + layers * (sum(rows * columns for rows, columns in [*ATTENTION.values(), *MLP.values()]) + sum(NORMS.values()))
-    )
     return {
         "rank": name,
         "layers": layers,
         "plan_seconds": plan_seconds,
         "seconds": seconds,
+        "processor_seconds": processor,
         "peak_gib": gib,
         "layer_bits": bits,
         "layer_bits_limit": most_layers,
-        "bits": 8 * metrics["weight_bytes"] / parameters,
+        "bits": metrics["bits_per_parameter"],
         "bits_limit": most_whole,
         "metrics": metrics,
     }
@@ -192,13 +189,22 @@ def main() -> None:
     rows = [measure(name, layers) for name in VARIANTS]
     if layers == LAYERS:
         save("coreml_size", rows)
-    sizes = ["rank", "plan_seconds", "seconds", "peak_gib", "layer_bits", "bits"]
+    sizes = ["plan_seconds", "seconds", "processor_seconds", "peak_gib", "layer_bits", "bits"]
     print_table(
         f"Qwen3-0.6B ({layers} layers) through `a1q run`, verified",
-        sizes,
-        [[row["rank"], *(f"{row[name]:.4g}" for name in sizes[1:])] for row in rows],
+        ["rank", *sizes],
+        [[row["rank"], *(f"{row[name]:.4g}" for name in sizes)] for row in rows],
     )
-    print(json.dumps([row["metrics"] for row in rows], indent=2))
+    figures = ["positions", "cosine", "relative_error", "kl", "agreement", "greedy_agreement", "overflows"]
+    print_table(
+        "The packages, interpreted, against PyTorch",
+        ["rank", "precision", *figures],
+        [
+            [row["rank"], precision, *(f"{row['metrics'][f'{name}_{precision}']:.9g}" for name in figures)]
+            for row in rows
+            for precision in ("fp32", "fp16")
+        ],
+    )
     failures = [text for row in rows for text in missed(row)]
     if failures:
         raise SystemExit("\n".join(failures))
