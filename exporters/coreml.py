@@ -171,8 +171,10 @@ def _text(source: Artifact, model: nn.Module, config: CoremlConfig) -> Any:
     from a1q.coreml.reference import prompt_tokens
 
     vocabulary, start = int(model.config.vocab_size), model.config.bos_token_id  # type: ignore[union-attr, arg-type]
-    first = [start] if isinstance(start, int) else []  # where text begins so, its activations tend to be the largest
-    return np.array([first + prompt_tokens(source.path, vocabulary, min(config.context, MEASURED) - len(first))])
+    tokens = prompt_tokens(source.path, vocabulary, min(config.context, MEASURED))
+    if isinstance(start, int) and tokens[0] != start:
+        tokens = [start, *tokens[:-1]]  # where text begins so, its activations tend to be the largest
+    return np.array([tokens])
 
 
 def _residual_scale(model: nn.Module, source: Artifact, config: CoremlConfig, ctx: StageContext) -> float:

@@ -56,13 +56,16 @@ class Reference:
 
 
 def prompt_tokens(folder: Path, vocabulary: int, count: int) -> list[int]:
-    """`count` tokens of English text in the tokenizer of a folder; without one, of a fixed random sequence."""
+    """`count` tokens of English text in the tokenizer of a folder, begun as that begins a text; without one, of a fixed
+    random sequence."""
     if (folder / "tokenizer.json").is_file():
         from tokenizers import Tokenizer
 
-        tokens = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(PASSAGE, add_special_tokens=False).ids
-        if tokens and max(tokens) < vocabulary:
-            return (tokens * -(-count // len(tokens)))[:count]
+        encode = Tokenizer.from_file(str(folder / "tokenizer.json")).encode
+        repeats = 1 + count // max(1, len(encode(PASSAGE, add_special_tokens=False).ids))
+        tokens: list[int] = encode(PASSAGE * repeats).ids
+        if len(tokens) >= count and max(tokens) < vocabulary:
+            return tokens[:count]
     return random_tokens(vocabulary, count)
 
 

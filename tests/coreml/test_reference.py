@@ -78,6 +78,20 @@ def test_prompt_is_text_where_there_is_a_tokenizer(tmp_path):
     assert prompt_tokens(tmp_path, 10, 20) == random_tokens(10, 20), "ids beyond the vocabulary are not used"
 
 
+def test_a_prompt_begins_as_its_tokenizer_begins_a_text(tmp_path):
+    from tokenizers import Tokenizer, processors
+
+    write_tokenizer(tmp_path)
+    plain = prompt_tokens(tmp_path, 320, 100)
+    file = str(tmp_path / "tokenizer.json")
+    tokenizer = Tokenizer.from_file(file)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+    )
+    tokenizer.save(file)
+    assert prompt_tokens(tmp_path, 320, 100) == [0, *plain[:-1]]
+
+
 def test_sequences():
     text, random = sequences(Path("nowhere"), 320, 10, 3, 16)
     assert (len(text.prompt), text.generate, text.forced) == (10, 3, ())
