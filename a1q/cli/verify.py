@@ -126,10 +126,12 @@ def _examine(
     return {
         "ok": not report.failures,
         "package": str(bundle.folder),
+        "against": against,
         "model": str(folder),
         "layout": bundle.meta["layout"],
         "tokens": {"prompt": wanted.prompt, "generate": wanted.generate, "random": wanted.random},
         "figures": {way: figures.as_json() for way, figures in report.figures.items()},
+        "repalettized": bundle.meta.get("repalettized", {}),
         "trace": report.trace(),
         "failures": report.failures,
         "costs": asdict(account_bundle(bundle, read_view(folder).parameters)),
@@ -147,7 +149,7 @@ def _compare(bundle: Bundle, folder: Path, wanted: Verify, adapter: str | None, 
     tokens = sequences(bundle.folder, bundle.vocabulary, wanted.prompt, wanted.generate, wanted.random)
     check_length(bundle, [len(item.prompt) + len(item.forced) + item.generate for item in tokens])
     click.echo(f"running the model in {folder}", err=True)
-    references = folder_references(folder, tokens, adapters=adapter != "base")
+    references = folder_references(folder, tokens, adapter != "base", bundle.meta.get("repalettized"))
     device = CoreMLBackend(bundle, units) if available() is None else None
     calls = total_calls(references, int(bundle.meta["prefill"]), len(PRECISIONS) + (device is not None))
     click.echo(f"running the package in {bundle.folder}, {calls} calls", err=True)

@@ -36,7 +36,7 @@ def text_of(found: Mapping[str, Any], lint: bool, placements: bool) -> str:
     """
     sections = [_figures(found), _costs(found["costs"]), _lint(found["lint"], lint), _core_ml(found, placements)]
     if found["ok"]:
-        sections.append(f"{found['package']} computes what {found['model']} computes")
+        sections.append(f"{found['package']} computes what {found['against']} computes")
     return "\n\n".join("\n".join(section) if not isinstance(section, str) else section for section in sections)
 
 
@@ -44,8 +44,14 @@ def _figures(found: Mapping[str, Any]) -> str:
     ways = found["figures"]
     rows = [[title, *(_cell(name, figures[name]) for figures in ways.values())] for name, title in FIGURES.items()]
     text = table(["", *ways], rows, right=range(1, len(ways) + 1))
+    rules = ", ".join(found["repalettized"])
+    anew = (
+        [f"compared with the model as fitted anew by the rules {rules}; `a1q show` says what that lost"]
+        if rules
+        else []
+    )
     places = [f"first not finite in {way}: {f['overflow_at']}" for way, f in ways.items() if f["overflow_at"]]
-    return "\n".join([text, *places, *_trace(found["trace"])])
+    return "\n".join([text, *anew, *places, *_trace(found["trace"])])
 
 
 def _trace(trace: Mapping[str, Any]) -> Iterator[str]:
