@@ -154,7 +154,7 @@ def _options(view: Any, config: CoremlConfig, residual_scale: float = 1.0) -> Op
 def _repalettize(model: nn.Module, source: Artifact, view: Any, config: CoremlConfig, ctx: StageContext) -> Any:
     """Fit the modules named anew, and say what it cost; returns the view of what `model` is now."""
     tokens = _text(source, model, config)
-    loss = repalettize.repalettize(model, config.repalettize, view, tokens, ctx.seed, ctx.progress)
+    loss = repalettize.repalettize(model, config.repalettize, view, tokens, ctx.progress)
     found = loss.as_json()
     ctx.metrics["repalettized"] = found
     ctx.log(
@@ -224,7 +224,8 @@ def _verify_base(bundle: Bundle, source: Artifact, wanted: Verify, ctx: StageCon
     from a1q.coreml.reference import folder_references
 
     tokens = _tokens(source, bundle.vocabulary, wanted)
-    _verify(bundle, folder_references(source.path, tokens, adapters=False), wanted, ctx, "base")
+    expected = folder_references(source.path, tokens, False, bundle.meta["repalettized"])
+    _verify(bundle, expected, wanted, ctx, "base")
 
 
 def _measure(bundle: Bundle, view: Any, ctx: StageContext) -> None:

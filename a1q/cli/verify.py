@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -86,6 +87,8 @@ def command(
     """
     from a1q.coreml.device import require
     from a1q.report.verification import text_of
+
+    os.environ.setdefault("TQDM_DISABLE", "1")  # no bars of the libraries between our lines
 
     with errors_as_json(as_json):
         if compile_to is not None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -115,22 +115,32 @@ def references(model: nn.Module, wanted: Sequence[Tokens]) -> list[Reference]:
     ]
 
 
-def folder_references(folder: Path, wanted: Sequence[Tokens], adapters: bool = True) -> list[Reference]:
+def folder_references(
+    folder: Path,
+    wanted: Sequence[Tokens],
+    adapters: bool = True,
+    repalettized: Mapping[str, Mapping[str, Any]] | None = None,
+) -> list[Reference]:
     """As `references`, of the model in a folder, which is let go again: only logits stay.
 
     Args:
         adapters: whether unmerged adapters are added.
+        repalettized: rules by which modules were fitted anew for the package (`a1q.coreml.repalettize`).
 
     Raises:
         MismatchError: if the folder holds no model that can be loaded.
     """
+    from a1q.coreml.repalettize import replace_modules
     from a1q.models.checkpoint import load_model
+    from a1q.models.view import read_view
     from a1q.quant.linear import quantized_modules
 
     try:
         model = load_model(folder)
     except StageError as error:
         raise MismatchError(str(error)) from None
+    if repalettized:
+        replace_modules(model, repalettized, read_view(folder))
     if not adapters:
         for _, module in quantized_modules(model):
             module.drop_adapter()

@@ -142,13 +142,12 @@ def repalettize(
     rules: Rules,
     view: ModelView,
     tokens: Array,
-    seed: int = 0,
     tick: Callable[[int, int], None] = lambda done, total: None,
 ) -> Loss:
-    """Replace modules of a loaded model by freshly fitted, snapped ones; adapters and biases stay.
+    """Fit modules of a loaded model anew and measure what the whole model loses.
 
     Args:
-        model: dense or snapped, with the modules of `view`. It is changed.
+        model: see `replace_modules`.
         tokens: integers [n, L] of real text on which the whole model is compared before and after. The logits
             before are kept: n · L · vocabulary numbers of 4 bytes.
         tick: called with (modules done, modules).
@@ -157,6 +156,27 @@ def repalettize(
         StageError: if a weight is not finite, or the rules name no module.
     """
     import numpy as np
+
+    expected = [_logits(model, sequence) for sequence in tokens]
+    modules = replace_modules(model, rules, view, tick)
+    found = [_compared(expected.pop(0), _logits(model, sequence)) for sequence in tokens]
+    kl, error, same = np.concatenate(found, axis=1)
+    return Loss(modules, tokens.size, float(kl.mean()), float(error.max()), float(same.mean()))
+
+
+def replace_modules(
+    model: nn.Module, rules: Rules, view: ModelView, tick: Callable[[int, int], None] = lambda done, total: None
+) -> tuple[Module, ...]:
+    """Replace modules of a loaded model by freshly fitted, snapped ones; adapters and biases stay.
+
+    The same model and rules give the same modules, so that a package can be compared with them later.
+
+    Args:
+        model: dense or snapped, with the modules of `view`. It is changed.
+
+    Raises:
+        StageError: if a weight is not finite, or the rules name no module.
+    """
     from torch import nn
 
     from a1q.quant.embedding import QuantEmbedding
@@ -167,12 +187,11 @@ def repalettize(
     specs = chosen(rules, view)
     if not specs:
         raise StageError("repalettize: no module of this model is named")
-    expected = [_logits(model, sequence) for sequence in tokens]
     modules = []
     for done, (name, spec) in enumerate(specs.items(), 1):
         before, old = view.modules[name], model.get_submodule(name)
         cls = QuantEmbedding if isinstance(old, nn.Embedding) else QuantLinear
-        new = cls.quantize(old, spec, seed=seed, keep_latent=False)
+        new = cls.quantize(old, spec, keep_latent=False)
         if isinstance(old, QuantLinear) and old.lora_A is not None and old.lora_B is not None:
             new.set_adapter(old.lora_A, old.lora_B, old.adapter_alpha)
         new.snap()
@@ -189,9 +208,7 @@ def repalettize(
         )
         swap_module(model, name, new)
         tick(done, len(specs))
-    found = [_compared(expected.pop(0), _logits(model, sequence)) for sequence in tokens]
-    kl, error, same = np.concatenate(found, axis=1)
-    return Loss(tuple(modules), tokens.size, float(kl.mean()), float(error.max()), float(same.mean()))
+    return tuple(modules)
 
 
 def _compared(before: Array, after: Array) -> Array:

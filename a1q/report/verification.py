@@ -45,11 +45,7 @@ def _figures(found: Mapping[str, Any]) -> str:
     rows = [[title, *(_cell(name, figures[name]) for figures in ways.values())] for name, title in FIGURES.items()]
     text = table(["", *ways], rows, right=range(1, len(ways) + 1))
     rules = ", ".join(found["repalettized"])
-    anew = (
-        [f"compared with the model as fitted anew by the rules {rules}; `a1q show` says what that lost"]
-        if rules
-        else []
-    )
+    anew = [f"compared with the model fitted anew by {rules}; `a1q show` says what that lost"] if rules else []
     places = [f"first not finite in {way}: {f['overflow_at']}" for way, f in ways.items() if f["overflow_at"]]
     return "\n".join([text, *anew, *places, *_trace(found["trace"])])
 
