@@ -28,7 +28,9 @@ SHORT = {
     "stages.check.sequences": 8,
     "stages.check.gate": "{}",
     "stages.ane.context": 128,
-    "stages.ane.verify": "{prompt: 12, generate: 4, min_cosine: 0.999}",
+    "stages.ane.verify": "{prompt: 12, generate: 4, random: 8, min_cosine: 0.999}",
+    "stages.anemll.context": 128,
+    "stages.anemll.verify": "{prompt: 12, generate: 4, random: 8, min_cosine: 0.999}",
 }
 """Enough of everything that each stage does its work, on a model of two layers."""
 
