@@ -187,3 +187,15 @@ def test_relative_error():
     assert relative_error(wanted, np.array([3.0, 4.5, np.inf], np.float32)) == pytest.approx(0.1)
     assert relative_error(wanted, np.array([np.nan, 4.0, np.inf], np.float32)) == np.inf
     assert relative_error(np.zeros(2), np.zeros(2)) == 0
+
+
+def test_relative_error_of_large_arrays():
+    """In blocks as in one piece, with infinities that are in both at any place."""
+    wanted = RNG.standard_normal((3, 7, 1111)).astype(np.float32)
+    found = half_rounded(wanted)
+    wide = wanted.astype(np.float64)
+    assert relative_error(wanted, found) == pytest.approx(np.linalg.norm(found - wide) / np.linalg.norm(wide), rel=1e-9)
+    wanted[2, 6, 1110] = found[2, 6, 1110] = -np.inf
+    assert np.isfinite(relative_error(wanted, found))
+    found[2, 6, 1109] = np.inf
+    assert relative_error(wanted, found) == np.inf
