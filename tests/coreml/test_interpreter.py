@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from a1q.coreml.interpreter import Interpreter
+from a1q.coreml.interpreter import Interpreter, half_rounded
 from a1q.coreml.reader import read_package
 from a1q.coreml.toolkit import coremltools
 from tests.coreml.models import SCHEMES, decoder, package_of
@@ -332,3 +332,18 @@ def test_a_package_read_back_holds_each_weight_once(tmp_path):
 
     assert indices(functions["infer"]) == indices(functions["prefill"])
     assert len(indices(functions["infer"])) == 14
+
+
+def test_rounding_is_that_of_numpy_everywhere():
+    """Every fp16 number, what lies midway between two and beside that, subnormal, infinite or none; any shape."""
+    halves = np.arange(2**16, dtype=np.uint16).view(np.float16).astype(np.float32)
+    halves = np.sort(halves[np.isfinite(halves)])
+    midway = (halves[:-1] + halves[1:]) / 2
+    odd = np.array([np.inf, -np.inf, np.nan, 65519.996, 65520, 1e38, 1e-45], np.float32)
+    cases = [halves, midway, np.nextafter(midway, np.float32(0)), np.nextafter(midway, np.float32(1e9)), odd]
+    for numbers in (np.concatenate(cases), odd[:6].reshape(2, 3).T, np.broadcast_to(odd[3:4], (5, 2)), np.float32(0.1)):
+        with np.errstate(over="ignore"):
+            expected = numbers.astype(np.float16).astype(np.float32)
+        found = half_rounded(numbers)
+        assert found.dtype == np.float32 and found.shape == np.shape(numbers)
+        assert np.array_equal(found, expected, equal_nan=True)
