@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from a1q.coreml.bundle import META
+from a1q.coreml.metafile import META
 from a1q.errors import MismatchError
 
 if TYPE_CHECKING:

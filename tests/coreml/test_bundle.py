@@ -2,13 +2,11 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from a1q.coreml.bundle import read_bundle, read_meta
+from a1q.coreml.bundle import read_bundle
 from a1q.errors import MismatchError
 from tests.coreml.bundles import bundle_of
 from tests.coreml.models import SCHEMES, decoder
@@ -57,44 +55,6 @@ def test_a_whole_bundle(whole):
 
 def test_the_folder_and_the_package_mean_the_same(whole):
     assert read_bundle(whole / "model.mlpackage").folder == whole
-
-
-def test_meta_is_read_without_heavy_imports(whole):
-    script = (
-        "import sys; from pathlib import Path; from a1q.coreml.bundle import read_meta; read_meta(Path(sys.argv[1]));"
-        "assert not {'torch', 'coremltools', 'numpy'} & set(sys.modules)"
-    )
-    subprocess.run([sys.executable, "-c", script, str(whole)], check=True)
-
-
-def test_no_meta(folder):
-    (folder / "meta.json").unlink()
-    assert "has no meta.json" in message(folder)
-    assert "take the whole folder" in message(folder / "model.mlpackage")
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"format": 1}, "format 1; this a1q reads format 2"),
-        ({"format": "3"}, "format '3'"),
-        ({"layout": "triple"}, "the layout 'triple'; this a1q knows single, anemll"),
-        ({"vocabulary": "many", "outputs": None}, "vocabulary, outputs is missing or of another type"),
-        ({"parts": []}, "parts is missing"),
-        ({"parts": [{"name": "model"}]}, r"parts[0].file"),
-        ({"parts": [3]}, r"parts[0].name"),
-    ],
-)
-def test_a_meta_that_is_not_understood(folder, changes, words):
-    change_meta(folder, **changes)
-    assert words in message(folder)
-
-
-@pytest.mark.parametrize("text", ["", "[]", '{"format":', "\x00"])
-def test_a_damaged_meta(folder, text):
-    (folder / "meta.json").write_text(text)
-    with pytest.raises(MismatchError, match=r"meta\.json"):
-        read_meta(folder)
 
 
 def test_a_part_that_is_missing(folder):
