@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from a1q.errors import MismatchError, StageError
+from a1q.errors import MismatchError, Problem, StageError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -51,8 +51,9 @@ class Reference:
     logits: Array
     """float32 [n, vocabulary]: with its weights as they are."""
     rounded: Array
-    """The same with dense weights rounded to fp16, which is all that a package can hold: what is left between this and
-    the package in fp32 is not the weights' precision. `logits` itself where rounding changes nothing."""
+    """The same with weights rounded to fp16 that a package holds dense, or that Core ML makes dense of integers in
+    blocks: what is left between this and the package in fp32 is not the weights' precision. `logits` itself where
+    rounding changes nothing."""
 
 
 def prompt_tokens(folder: Path, vocabulary: int, count: int) -> list[int]:
@@ -100,14 +101,16 @@ def references(model: nn.Module, wanted: Sequence[Tokens]) -> list[Reference]:
     from a1q.models.dense import write_out
 
     model = model.eval().float()
-    dense = _dense_parameters(model)
+    dense, decoded = _dense_parameters(model), _decoded_modules(model)
     write_out(model)
     with torch.inference_mode():
         ids = [_continued(model, tokens) for tokens in wanted]
         logits = [_logits(model, each) for each in ids]
     rounded = logits
     with torch.no_grad():
-        if _round(dense, norm_offset=_norm_offset(model)):
+        changed = _round(dense, norm_offset=_norm_offset(model))
+        _round_decoded(model, decoded)
+        if changed or decoded:
             rounded = [_logits(model, each) for each in ids]
     return [
         Reference(each[0].numpy().astype(np.int32), len(tokens.prompt), tokens.generate, saved, exact)
@@ -128,9 +131,9 @@ def folder_references(
         repalettized: rules by which modules were fitted anew for the package (`a1q.coreml.repalettize`).
 
     Raises:
-        MismatchError: if the folder holds no model that can be loaded.
+        MismatchError: if the folder holds no model that can be loaded, or one that the rules don't fit.
     """
-    from a1q.coreml.repalettize import replace_modules
+    from a1q.coreml.repalettize import problems, replace_modules
     from a1q.models.checkpoint import load_model
     from a1q.models.view import read_view
     from a1q.quant.linear import quantized_modules
@@ -140,7 +143,10 @@ def folder_references(
     except StageError as error:
         raise MismatchError(str(error)) from None
     if repalettized:
-        replace_modules(model, repalettized, read_view(folder))
+        view = read_view(folder)
+        if found := problems(repalettized, view):
+            raise MismatchError([Problem(f"{folder} is not what the package was made of: {text}") for text in found])
+        replace_modules(model, repalettized, view)
     if not adapters:
         for _, module in quantized_modules(model):
             module.drop_adapter()
@@ -153,6 +159,39 @@ def _dense_parameters(model: nn.Module) -> list[nn.Parameter]:
 
     parts = {id(p) for _, module in quantized_modules(model) for p in module.parameters() if p is not module.bias}
     return [parameter for parameter in model.parameters() if id(parameter) not in parts]
+
+
+def _decoded_modules(model: nn.Module) -> dict[str, Any]:
+    """Modules whose weight Core ML decodes to a dense one in fp16, and heads tied to one, by name."""
+    from a1q.quant.module import QuantModule
+    from a1q.quant.tied import TiedHead
+
+    found = {}
+    for name, module in model.named_modules():
+        source = module.source if isinstance(module, TiedHead) else module
+        if isinstance(source, QuantModule) and source.scheme.hardware == "blockwise":
+            found[name] = source
+    return found
+
+
+def _round_decoded(model: nn.Module, modules: Mapping[str, Any]) -> None:
+    """Round the weights of `_decoded_modules` to fp16 where they stand now that `write_out` was there."""
+    from torch import nn
+
+    for name, source in modules.items():
+        module = model.get_submodule(name)
+        if module is source:  # an embedding, which still makes its rows when they are looked up
+            module.register_forward_hook(_round_rows)
+            continue
+        assert isinstance(module, nn.Linear)
+        weight = source.dequantize().half().float()
+        module.weight.copy_(weight if source.adapter is None else weight + source.adapter_delta())
+
+
+def _round_rows(embedding: Any, _args: Any, rows: Tensor) -> Tensor:
+    """Rows of a quantized embedding, rounded to fp16 before the factor that Gemma gives them."""
+    scale = 1.0 if embedding.embed_scale is None else embedding.embed_scale.to(rows.dtype)
+    return (rows / scale).half().to(rows.dtype) * scale
 
 
 def _norm_offset(model: nn.Module) -> float:

@@ -68,6 +68,45 @@ def test_a_folder_that_is_no_model(tmp_path):
         folder_references(tmp_path, WANTED)
 
 
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("adapter", [False, True])
+def test_weights_that_core_ml_makes_of_integers_are_fp16_numbers(tmp_path, model_type, adapter):
+    """`rounded` is what a model of dense fp16 weights says, the decoded ones."""
+    import torch
+
+    from a1q.coreml.repalettize import replace_modules
+    from a1q.models.checkpoint import load_model
+    from a1q.models.view import read_view
+    from a1q.quant.linear import quantized_modules
+
+    folder = model_folder(tiny_family(model_type), tmp_path)
+    rules = {"all": {"match": ".*(_proj|embed_tokens)", "scheme": "affine", "bits": 4, "symmetric": False}}
+    model, plain = load_model(folder), load_model(folder)
+    replace_modules(model, rules, read_view(folder))
+    with torch.no_grad():
+        for name, module in quantized_modules(model):
+            weight = module.dequantize().half().float()
+            if adapter and module.kind == "linear":
+                module.set_adapter(torch.randn(2, module.shape[1]), torch.randn(module.shape[0], 2), 0.1)
+                weight += module.adapter_delta()
+            plain.get_submodule(name).weight.copy_(weight)
+        for parameter in plain.parameters():
+            if parameter.ndim == 1:
+                offset = float(model_type == "gemma3_text")
+                parameter.copy_((parameter + offset).half().float() - offset)
+        tokens = torch.tensor([[1, 2, 9, 10]])
+        expected = plain(tokens).logits[0].numpy()
+    [found] = references(model, WANTED[1:])
+    np.testing.assert_allclose(found.rounded, expected, atol=2e-5)
+    assert np.abs(found.logits - expected).max() > 1e-4
+
+
+def test_rules_that_name_nothing_of_this_model(tmp_path):
+    folder = model_folder(decoder(), tmp_path)
+    with pytest.raises(MismatchError, match=r"not what the package was made of: repalettize\.a matches no module"):
+        folder_references(folder, WANTED, repalettized={"a": {"match": "x", "scheme": "lut", "bits": 4}})
+
+
 def test_prompt_is_text_where_there_is_a_tokenizer(tmp_path):
     from tokenizers import Tokenizer
 

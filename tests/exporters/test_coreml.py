@@ -87,6 +87,7 @@ def test_dense_and_snapped_modules_are_welcome():
         (view(head_dim=72), {}, "head_dim 72 is not a multiple of 32"),
         (view(), {"context": 160, "prefill": 64}, "context 160 is not a multiple of prefill 64"),
         (view(), {"verify": {**VERIFY, "prompt": 120}}, "do not fit a context of 128"),
+        (view(), {"verify": {**VERIFY, "random": 129}}, "129 random tokens do not fit a context of 128"),
     ],
 )
 def test_what_is_refused(model, options, message):
@@ -239,10 +240,12 @@ def test_a_residual_stream_beyond_fp16_is_scaled(tmp_path):
         for layer in model.model.layers:
             layer.mlp.down_proj.weight.mul_(2.0**15)
     source = artifact(model, tmp_path)
-    ctx = context(tmp_path / "out")
+    ctx, said = context(tmp_path / "out"), []
+    ctx.log = said.append
     CoremlExporter().export(source, config(verify={**VERIFY, "min_cosine": 0.999}), ctx)
     assert ctx.metrics["residual_scale"] < 1
     assert ctx.metrics["overflows_fp16"] == 0
+    assert any("fp16 has no epsilon as small as the norms' 1e-06; it acts as" in line for line in said)
     unscaled = context(tmp_path / "unscaled")
     with pytest.raises(StageError, match="not finite in fp16"):
         CoremlExporter().export(source, config(residual_scale=1.0), unscaled)
