@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,9 @@ WEIGHTS = "Data/com.apple.CoreML/weights/weight.bin"
 """The weight file in a package."""
 NAMESPACE = uuid.UUID("6f2c6b51-6f0f-5b0e-9f0a-a1c0de000001")
 """Of the name-based identifiers in a package's manifest, where coremltools puts random ones."""
+
+MORE = 1 << 20
+"""Bytes that a disk must still take not to be called full."""
 
 
 def write_package(program: Any, path: Path) -> None:
@@ -30,11 +36,29 @@ def write_package(program: Any, path: Path) -> None:
         weights, nothing = Path(folder, "weights"), Path(folder, "nothing")
         weights.mkdir()
         nothing.mkdir()
-        model = lower(program, str(weights), specification_version=SPECIFICATION)
+        with _disk_errors_named(Path(folder)):
+            model = lower(program, str(weights), specification_version=SPECIFICATION)
         ct.models.utils.save_spec(model, str(path), weights_dir=str(nothing))
         for file in weights.iterdir():
             file.replace((path / WEIGHTS).with_name(file.name))
     _make_reproducible(path, model)
+
+
+@contextmanager
+def _disk_errors_named(folder: Path) -> Iterator[None]:
+    """Find out what the system says where coremltools only says that it could not write: a full disk, say.
+
+    Raises:
+        OSError: if this folder takes no more bytes.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "FileWriter" in str(error):
+            with (folder / "more").open("wb") as file:
+                file.write(bytes(MORE))
+                os.fsync(file.fileno())
+        raise
 
 
 def _make_reproducible(path: Path, model: Any) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -121,3 +122,24 @@ def test_rows_of_a_linear(tables):
     linear = Linear(palette=palette, a=a, b=b)
     parts = [linear.rows(0, 8), linear.rows(8, 16)]
     assert np.array_equal(np.concatenate([part.dequantize() for part in parts]), linear.dequantize())
+
+
+def test_a_full_disk_is_named(tmp_path, monkeypatch):
+    """coremltools writes in C++ and says only that it failed; the system says why."""
+    from coremltools.converters.mil.backend.mil import load
+
+    def fails(*_, **__):
+        raise RuntimeError("[MIL FileWriter]: Unknown error occurred while writing data to the file.")
+
+    program = program_of(decoder(SCHEMES["tensor-2"]))[0]
+    monkeypatch.setattr(load, "load", fails)
+    with pytest.raises(RuntimeError, match="FileWriter"):
+        write_package(program, tmp_path / "roomy.mlpackage")
+    monkeypatch.setattr(os, "fsync", no_space)
+    with pytest.raises(OSError, match="No space left"):
+        write_package(program, tmp_path / "full.mlpackage")
+    assert list(tmp_path.iterdir()) == []
+
+
+def no_space(_handle: int) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
