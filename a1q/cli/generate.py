@@ -184,6 +184,8 @@ def _generate_with_package(
         raise MismatchError(f"{folder} has no {TOKENIZER}, without which a package understands no text")
     tokenizer = _tokenizer(folder)
     ids = tokenizer(prompt)["input_ids"]
+    if not ids:
+        raise MismatchError(f"the tokenizer of {folder} finds no token in the prompt")
     _check_length(len(ids), bundle.context, "package")
     if max(ids) >= bundle.vocabulary:
         raise UsageError(f"the prompt has a token that this package does not know: {tokenizer.decode([max(ids)])!r}")
@@ -245,16 +247,24 @@ def _tokenizer(folder: Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (ValueError, OSError, KeyError) as error:
+    except (ValueError, OSError, KeyError, AttributeError, TypeError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise MismatchError(f"the tokenizer of {folder} can't be loaded: {reason}") from None
 
 
 def _end_tokens(folder: Path, tokenizer: Any, usual: Any) -> list[int]:
-    """The tokens that end a text: the model's own settings, else the tokenizer's, else the architecture's."""
+    """The tokens that end a text: the model's own settings, else the tokenizer's, else the architecture's.
+
+    Raises:
+        MismatchError: if the model's own settings are damaged.
+    """
     from transformers import GenerationConfig
 
-    own = GenerationConfig.from_pretrained(folder) if (folder / "generation_config.json").is_file() else None
+    file, own = folder / "generation_config.json", None
+    try:
+        own = GenerationConfig.from_pretrained(folder) if file.is_file() else None
+    except (ValueError, OSError, TypeError) as error:
+        raise MismatchError(f"{file} is damaged: {error}") from None
     for ends in (own and own.eos_token_id, tokenizer.eos_token_id, usual):
         if ends is not None:
             return ends if isinstance(ends, list) else [ends]

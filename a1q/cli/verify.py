@@ -149,8 +149,9 @@ def _compare(bundle: Bundle, folder: Path, wanted: Verify, adapter: str | None, 
     from a1q.coreml.reference import folder_references, sequences
     from a1q.coreml.verify import PRECISIONS, check_length, total_calls, verify_bundle
 
+    lengths = (wanted.prompt and wanted.prompt + wanted.generate, wanted.random)
+    check_length(bundle, [length for length in lengths if length])
     tokens = sequences(bundle.folder, bundle.vocabulary, wanted.prompt, wanted.generate, wanted.random)
-    check_length(bundle, [len(item.prompt) + len(item.forced) + item.generate for item in tokens])
     click.echo(f"running the model in {folder}", err=True)
     references = folder_references(folder, tokens, adapter != "base", bundle.meta.get("repalettized"))
     device = CoreMLBackend(bundle, units) if available() is None else None

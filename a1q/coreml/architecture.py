@@ -130,7 +130,14 @@ def problems(config: Mapping[str, Any]) -> list[str]:
     if model_type not in FAMILIES:
         known = ", ".join(f"{name} ({family.title})" for name, family in sorted(FAMILIES.items()))
         return [f"the coreml exporter knows no model type {model_type!r}; it supports: {known}"]
-    family = FAMILIES[model_type]
+    try:
+        return _problems(config, FAMILIES[model_type])
+    except (AttributeError, TypeError, ValueError) as error:  # an entry of a type that no such model has
+        return [f"config.json is not that of a {model_type} model: {error}"]
+
+
+def _problems(config: Mapping[str, Any], family: Family) -> list[str]:
+    """The same, of a family that is known."""
     found = []
     for rope_type in sorted({_rope_type(rope) for rope in _ropes(config)} - set(ROTATIONS)):
         found.append(f"rotary scaling {rope_type!r} is not supported; supported: {', '.join(ROTATIONS)}")

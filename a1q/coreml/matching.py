@@ -81,9 +81,24 @@ def _tokenizers_differ(package: Path, model: Path) -> list[str]:
         return [f"{present[0]} has no counterpart: there is no {lacking[0]}"] if present else []
     if files[0].read_bytes() == files[1].read_bytes():
         return []
-    contents = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    contents = [_read_mapping(file) for file in files]
     for content in contents:
         for setting in ("version", "truncation", "padding"):
             content.pop(setting, None)
     other = sorted(key for key in {*contents[0], *contents[1]} if contents[0].get(key) != contents[1].get(key))
     return [f"{files[0]} and {files[1]} are different tokenizers: they differ in {', '.join(other)}"] if other else []
+
+
+def _read_mapping(file: Path) -> dict[str, Any]:
+    """A JSON file that holds a mapping.
+
+    Raises:
+        MismatchError: if it does not.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise MismatchError(f"{file} is damaged: {error}") from None
+    if not isinstance(content, dict):
+        raise MismatchError(f"{file} is damaged: it is no mapping")
+    return content

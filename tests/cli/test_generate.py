@@ -241,6 +241,17 @@ def test_a_model_without_tokenizer_and_a_damaged_one(tmp_path: Path) -> None:
     assert damaged.exit_code == 3 and "truncated or damaged" in damaged.output
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("tokenizer_config.json", "[]"), ("generation_config.json", "{")],
+)
+def test_damaged_settings(tmp_path: Path, name: str, text: str) -> None:
+    tiny_folder(tmp_path / "tiny")
+    (tmp_path / "tiny" / name).write_text(text)
+    result = a1q("generate", tmp_path / "tiny", "--prompt", PROMPT)
+    assert result.exit_code == 3 and "Traceback" not in result.output
+
+
 def test_a_device_that_is_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("a1q.training.device.available_devices", lambda: ["cpu"])
     result = a1q("generate", "tiny", "--prompt", "x", "--device", "mps")

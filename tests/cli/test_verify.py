@@ -96,6 +96,7 @@ def test_damaged_and_foreign_ones(work: Path, tmp_path: Path) -> None:
         (("single", "--against", "nowhere/there"), 3, "nowhere/there"),
         (("single", "--against", "model", "--adapter", "base"), 3, "has no functions infer_base"),
         (("single", "--against", "model", "--prompt", 120), 2, "do not fit the package's context of 128"),
+        (("single", "--against", "model", "--prompt", 10**12), 2, "do not fit the package's context of 128"),
         (("single", "--against", "model", "--prompt", 0, "--random", 0), 2, "nothing to compare"),
         (("single", "--against", "model", "--max-error", 0), 2, "--max-error"),
         (("single",), 2, "--against"),

@@ -96,3 +96,12 @@ def test_head_parts():
     assert head_parts(151936, 8) == 16
     assert head_parts(151936, 64) == 0
     assert head_parts(16411) == 0, "a prime"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"rope_parameters": "long"}, {"rope_parameters": [1]}, {"sliding_window": "a", "use_sliding_window": True}],
+)
+def test_entries_of_types_that_no_model_has(changes):
+    config = {**QWEN, "layer_types": [SLIDING] * 28, **changes}
+    assert "config.json is not that of a qwen3 model" in problems(config)[0]

@@ -77,3 +77,11 @@ def test_other_tokenizers(bundles, tmp_path):
     bare = shutil.copytree(bundles["single"].folder, tmp_path / "bare")
     (bare / "tokenizer.json").unlink()
     require_match(read_bundle(bare), folder)
+
+
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_a_damaged_tokenizer_of_the_model(bundles, tmp_path, text):
+    folder = model_folder(decoder(), tmp_path)
+    (folder / "tokenizer.json").write_text(text)
+    with pytest.raises(MismatchError, match=r"tokenizer\.json is damaged"):
+        require_match(bundles["single"], folder)
