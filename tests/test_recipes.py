@@ -64,6 +64,10 @@ def test_every_shipped_recipe_is_run_somewhere():
     assert shipped == {*SETTINGS, "q4_to_q2"}
 
 
+def test_every_recipe_of_a_model_on_the_hub_is_planned_for_its_shapes():
+    assert set(REAL) == {name for name in SETTINGS if "/" in name}
+
+
 def _filled(text: str, facts: Mapping[str, str]) -> str:
     for name, value in facts.items():
         text = text.replace(name, value)
