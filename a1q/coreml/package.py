@@ -38,7 +38,7 @@ def write_package(program: Any, path: Path) -> None:
         nothing.mkdir()
         with _disk_errors_named(Path(folder)):
             model = lower(program, str(weights), specification_version=SPECIFICATION)
-        ct.models.utils.save_spec(model, str(path), weights_dir=str(nothing))
+            ct.models.utils.save_spec(model, str(path), weights_dir=str(nothing))
         for file in weights.iterdir():
             file.replace((path / WEIGHTS).with_name(file.name))
     _make_reproducible(path, model)
@@ -53,11 +53,10 @@ def _disk_errors_named(folder: Path) -> Iterator[None]:
     """
     try:
         yield
-    except RuntimeError as error:
-        if "FileWriter" in str(error):
-            with (folder / "more").open("wb") as file:
-                file.write(bytes(MORE))
-                os.fsync(file.fileno())
+    except RuntimeError:
+        with (folder / "more").open("wb") as file:
+            file.write(bytes(MORE))
+            os.fsync(file.fileno())
         raise
 
 
