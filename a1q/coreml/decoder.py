@@ -51,7 +51,6 @@ class Decoder:
         parts: into how many parts of equal size the head is cut.
         residual_scale: factor of the residual stream, for models whose activations do not fit fp16. What is added to
             the stream shrinks with it, norms undo it, so the function stays the same.
-        adapter_name: what the constants of unmerged adapters are called by.
         tick: called after every layer.
     """
 
@@ -63,7 +62,6 @@ class Decoder:
         context: int,
         parts: int = 1,
         residual_scale: float = 1.0,
-        adapter_name: str = "lora",
         tick: Callable[[], None] = lambda: None,
     ):
         self.architecture = architecture
@@ -72,7 +70,6 @@ class Decoder:
         self.context = context
         self.parts = parts
         self.residual_scale = residual_scale
-        self.adapter_name = adapter_name
         self.tick = tick
         self._embedding: list[Matrix] = []
 
@@ -99,20 +96,13 @@ class Decoder:
         from coremltools.converters.mil import Builder as mb
 
         causal = self._hide(mb.less_equal(x=self._columns(), y=rows))
-        return self.window_masks(rows, causal)
-
-    def window_masks(self, rows: Any, causal: Any) -> dict[str, Any]:
-        """As `masks`, from a causal mask fp16 (1, 1, S, context) that is there already."""
-        from coremltools.converters.mil import Builder as mb
-
         masks = {}
         for kind in self.architecture.kinds:
             mask = causal
             if kind == SLIDING and self.architecture.window < self.context:
                 oldest = mb.sub(x=rows, y=np.int32(self.architecture.window - 1))
+                # No position is both ahead and behind the window, so the sum stays at -40000.
                 mask = mb.add(x=causal, y=self._hide(mb.greater_equal(x=self._columns(), y=oldest)))
-                # Hidden twice would be -80000, which fp16 does not hold.
-                mask = mb.maximum(x=mask, y=np.float16(-MASKED))
             group = self.architecture.group
             masks[kind] = mask if group == 1 else mb.concat(values=[mask] * group, axis=2)
         return masks
@@ -162,10 +152,7 @@ class Decoder:
             matrices = self._tables(len(names))
         else:
             head = self.weights.head()
-            matrices = [
-                Matrix(head.rows(i * size, (i + 1) * size), f"lm_head_{i + 1}", self.adapter_name)
-                for i in range(len(names))
-            ]
+            matrices = [Matrix(head.rows(i * size, (i + 1) * size), f"lm_head_{i + 1}") for i in range(len(names))]
         outputs = []
         for matrix, name in zip(matrices, names, strict=True):
             logits = mb.reshape(x=matrix.times(x), shape=[1, size, x.shape[3]])
@@ -244,7 +231,7 @@ class Decoder:
         weight = self.weights.linears[name]
         if weight.bias is not None and self.residual_scale != 1:
             weight = _with_bias(weight, self.residual_scale)
-        y = linear(x, weight, name.replace(".", "_"), self.adapter_name)
+        y = linear(x, weight, name.replace(".", "_"))
         if not self.architecture.post_norms:
             return y
         return self._norm(y, norm, axis=1, factor=self.residual_scale, stream=self.residual_scale)
@@ -255,7 +242,7 @@ class Decoder:
         return x if self.residual_scale == 1 else mb.mul(x=x, y=np.float16(self.residual_scale))
 
     def _linear(self, x: Any, name: str) -> Any:
-        return linear(x, self.weights.linears[name], name.replace(".", "_"), self.adapter_name)
+        return linear(x, self.weights.linears[name], name.replace(".", "_"))
 
     def _norm(self, x: Any, name: str, axis: int, factor: float = 1.0, stream: float = 1.0) -> Any:
         """RMSNorm along `axis` as LayerNorm over (x, -x), whose mean is 0: squares of x never leave the operation,

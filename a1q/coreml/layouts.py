@@ -88,6 +88,8 @@ class Layout(Protocol):
         """Write what the apps of this layout read beside the packages into `folder`; `meta` is that of meta.json."""
 
 
+BASE = "_base"
+"""Ending of the functions without unmerged adapters."""
 LAYOUTS = {"single": "a1q.coreml.single", "anemll": "a1q.coreml.anemll.layout"}
 """Name -> module."""
 

@@ -34,13 +34,11 @@ class Matrix:
     Args:
         weight: what it holds.
         name: of its constants; equal in all functions that share them.
-        adapter_name: of the adapter's constants.
     """
 
-    def __init__(self, weight: Linear, name: str, adapter_name: str = "lora"):
+    def __init__(self, weight: Linear, name: str):
         self.weight = weight
         self.name = name
-        self.adapter_name = adapter_name
         self.stored = _stored(weight, name)
         """Var (out, in, 1, 1)."""
         rank = 1 if weight.a is None else weight.a.shape[1]
@@ -68,7 +66,7 @@ class Matrix:
             y = mb.add(x=y, y=constant(f"{self.name}_bias", weight.bias.reshape(1, -1, 1, 1)))
         if weight.adapter is not None:
             down, up = (
-                constant(f"{self.name}_{self.adapter_name}_{part}", matrix[:, :, None, None])
+                constant(f"{self.name}_lora_{part}", matrix[:, :, None, None])
                 for part, matrix in zip("AB", weight.adapter, strict=True)
             )
             y = mb.add(x=y, y=mb.conv(x=mb.conv(x=x, weight=down), weight=up))
@@ -93,9 +91,9 @@ class Matrix:
         return mb.mul(x=x, y=scale)
 
 
-def linear(x: Any, weight: Linear, name: str, adapter_name: str = "lora") -> Any:
+def linear(x: Any, weight: Linear, name: str) -> Any:
     """Apply `weight` to `x` (1, in, 1, S), giving (1, out, 1, S)."""
-    return Matrix(weight, name, adapter_name).times(x)
+    return Matrix(weight, name).times(x)
 
 
 def _stored(weight: Linear, name: str) -> Any:

@@ -8,14 +8,13 @@ A tied head and the embedding read the same tables.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from a1q.coreml.architecture import MAX_DIMENSION, Architecture, head_parts
-from a1q.coreml.layouts import Options, Part, linear_bytes
+from a1q.coreml.layouts import BASE, Options, Part, linear_bytes
 from a1q.coreml.toolkit import coremltools
 
 if TYPE_CHECKING:
@@ -24,18 +23,6 @@ if TYPE_CHECKING:
 STATE = "kv_cache"
 """Name of the package's state."""
 PACKAGE = "model.mlpackage"
-BASE = "_base"
-"""Ending of the functions without adapters."""
-
-
-@dataclass(frozen=True)
-class Calls:
-    """How the package is called."""
-
-    chunk: int
-    """Positions that `prefill` takes."""
-    outputs: list[str]
-    """Names of the logits in order."""
 
 
 def problems(config: Mapping[str, Any], options: Options, step: int) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from a1q.coreml.architecture import Architecture, read_architecture
 from a1q.coreml.layouts import Options
 from a1q.coreml.package import write_package
 from a1q.coreml.reader import Package, read_package
-from a1q.coreml.single import Calls, build_program, outputs
+from a1q.coreml.single import build_program, outputs
 from a1q.coreml.weights import DecoderWeights, decoder_weights
 from tests.tiny import tiny_model
 
@@ -29,6 +30,16 @@ SCHEMES: dict[str, Mapping[str, Any] | None] = {
 UNTIED = ("dense", "channel-3", "rank-1", "rank-3")
 FORMS = [(name, True) for name in SCHEMES] + [(name, False) for name in UNTIED]
 """Scheme and whether the head is tied."""
+
+
+@dataclass(frozen=True)
+class Calls:
+    """How a package of layout `single` is called."""
+
+    chunk: int
+    """Positions that `prefill` takes."""
+    outputs: list[str]
+    """Names of the logits in order."""
 
 
 def decoder(scheme: Mapping[str, Any] | None = None, adapter: int = 0, **changes: Any) -> Any:

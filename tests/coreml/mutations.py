@@ -293,13 +293,13 @@ def window_off_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sliding layers see one position more."""
     from dataclasses import replace
 
-    def changed(original: Any, self: Any, rows: Any, causal: Any) -> Any:
+    def changed(original: Any, self: Any, rows: Any) -> Any:
         own, self.architecture = self.architecture, replace(self.architecture, window=self.architecture.window + 1)
-        masks = original(self, rows, causal)
+        masks = original(self, rows)
         self.architecture = own
         return masks
 
-    _wrapped(monkeypatch, "window_masks", changed)
+    _wrapped(monkeypatch, "masks", changed)
 
 
 def swapped_kinds(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from a1q.coreml.anemll.chunks import even_chunks, fitting_chunks
 from a1q.coreml.anemll.names import PREFIXES, default_splits, file_name, logits_names
-from a1q.coreml.anemll.programs import BASE, embeddings_program, head_program, layers_program
+from a1q.coreml.anemll.programs import embeddings_program, head_program, layers_program
 from a1q.coreml.architecture import Architecture
-from a1q.coreml.layouts import Options, Part, linear_bytes
+from a1q.coreml.layouts import BASE, Options, Part, linear_bytes
 
 if TYPE_CHECKING:
     from a1q.coreml.weights import DecoderWeights, Linear

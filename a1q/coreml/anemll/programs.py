@@ -14,14 +14,12 @@ import numpy as np
 
 from a1q.coreml.anemll.names import STATE
 from a1q.coreml.architecture import Architecture
-from a1q.coreml.layouts import Options
+from a1q.coreml.layouts import BASE, Options
 from a1q.coreml.toolkit import coremltools
 
 if TYPE_CHECKING:
     from a1q.coreml.weights import DecoderWeights
 
-BASE = "_base"
-"""Ending of the functions without unmerged adapters."""
 Tick = Callable[[], None]
 
 
