@@ -51,6 +51,7 @@ class CoremlConfig:
 class CoremlExporter(Exporter):
     """Build the packages, read them back, interpret them and compare."""
 
+    version = 2
     Config = CoremlConfig
 
     def refusals(self, view: Any, config: CoremlConfig) -> list[str]:

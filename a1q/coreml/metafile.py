@@ -77,6 +77,8 @@ def _part_list_problem(meta: Mapping[str, Any]) -> str:
     for part in meta["parts"]:
         if part["role"] in ("model", "ffn") and not {"infer", "prefill"} <= {*part["functions"]}:
             return f"part {part['name']} lacks the functions infer and prefill"
+        if part["functions"].get("prefill", meta["prefill"]) != meta["prefill"]:
+            return f"prefill is {meta['prefill']}, but {part['functions']['prefill']} in part {part['name']}"
     return ""
 
 

@@ -79,6 +79,7 @@ def test_there_is_none(tmp_path):
         ({"parts": []}, "parts is missing"),
         ({"parts": [{"name": "model"}]}, "parts[0].file"),
         ({"parts": [3]}, "parts[0].name"),
+        ({"prefill": 64}, "prefill is 64, but 32 in part model"),
         ({"layout": "anemll"}, "the parts of layout anemll are embeddings, ffn, lm_head, not model"),
         ({"parts": 2 * meta_of()["parts"]}, "the parts of layout single are model, not model, model"),
     ],
