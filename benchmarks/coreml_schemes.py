@@ -11,11 +11,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from a1q.coreml.accounting import account_bundle
 from a1q.coreml.bundle import read_bundle
-from a1q.coreml.weights import Linear, decoder_weights
+from a1q.coreml.stored import unequal
+from a1q.coreml.weights import decoder_weights
 from a1q.engine.artifact import Artifact
 from a1q.engine.stage import StageContext
 from a1q.exporters.coreml import CoremlConfig, CoremlExporter
@@ -39,8 +38,6 @@ EVEN: list[dict[str, Any]] = [
     {"scheme": "affine", "bits": 4, "symmetric": False, "granularity": "group", "group_size": 32},
 ]
 TOLERANCE = 0.01
-NAMES = {"indices": "indices", "lut": "lut", "data": "codes", "scale": "scale", "offset": "zero"}
-"""Inputs of operations that hold a compressed weight -> what `Linear` calls them."""
 
 
 def measure(spec: dict[str, Any] | None, folder: Path) -> dict[str, Any]:
@@ -58,14 +55,13 @@ def measure(spec: dict[str, Any] | None, folder: Path) -> dict[str, Any]:
     bundle = read_bundle(out)
     report = account_bundle(bundle)
     part = report.parts["model"]
-    program = bundle.packages["model"].program
     return {
         "scheme": "fp16" if spec is None else " ".join(f"{value}" for key, value in spec.items() if key != "fit"),
         "weight_bytes": part.weight_bytes,
         "theory_bytes": part.theory_bytes,
         "ratio": part.size_ratio,
         "bits_per_weight": part.bits_per_weight,
-        "different_numbers": _different(program, decoder_weights(model).linears),
+        "different_numbers": sum(unequal(bundle, decoder_weights(model))[0].values()),
         "stored_twice": report.wasted_bytes,
         "operations": part.functions["infer"].operations.get("conv", 0),
         "multiply_adds_ratio": report.multiply_adds_ratio,
@@ -96,38 +92,6 @@ def _model(spec: dict[str, Any] | None) -> Any:
             quantized.snap()
             swap_module(model, name, quantized)
     return model
-
-
-def _different(program: Any, linears: Any) -> int:
-    """Indices, codes, table entries, scales and zero points that read back differently, over both functions."""
-    wrong = 0
-    for function in program.functions.values():
-        values = {op.name: op.outputs[0].val for op in function.operations if op.op_type == "const"}
-        for op in function.operations:
-            if op.op_type.startswith("constexpr_"):
-                base = op.name.removesuffix("_weight")
-                values |= {f"{base}_{NAMES[key]}": var.val for key, var in op.inputs.items() if key in NAMES}
-        for name, linear in linears.items():
-            for suffix, expected in _stored(linear).items():
-                found = np.asarray(values[f"{name.replace('.', '_')}_{suffix}"]).reshape(expected.shape)
-                wrong += int((found.astype(np.float32) != expected.astype(np.float32)).sum())
-    return wrong
-
-
-def _stored(linear: Linear) -> dict[str, Any]:
-    """Constants of a linear by the ending of their name, in the order in which they are stored."""
-    found: dict[str, Any] = {}
-    if linear.palette is not None:
-        found = {"indices": linear.palette.indices, "lut": linear.palette.lut}
-    elif linear.blocks is not None:
-        found = {"codes": linear.blocks.codes, "scale": linear.blocks.scale, "zero": linear.blocks.zero}
-    elif linear.dense is not None:
-        found = {"weight": linear.dense}
-    if linear.a is not None:
-        found["a"] = linear.a
-    if linear.b is not None:
-        found["b"] = linear.b.T
-    return found
 
 
 def main() -> None:

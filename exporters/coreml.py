@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from a1q.coreml import repalettize
-from a1q.coreml.architecture import problems, read_architecture
+from a1q.coreml.architecture import Architecture, problems, read_architecture
 from a1q.coreml.layouts import Layout, Options, Part, get_layout
 from a1q.coreml.thresholds import Verify
 from a1q.engine.artifact import Artifact
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from a1q.coreml.bundle import Bundle
     from a1q.coreml.reference import Reference, Tokens
+    from a1q.coreml.weights import DecoderWeights
 
 MEASURED = 256
 """Tokens of text over which activations are measured."""
@@ -65,13 +66,7 @@ class CoremlExporter(Exporter):
         view = repalettize.planned(config.repalettize, view)
         if config.context % config.prefill:
             found.append(f"context {config.context} is not a multiple of prefill {config.prefill}")
-        if config.verify is not None and config.verify.prompt + config.verify.generate > config.context:
-            found.append(
-                f"verify: a prompt of {config.verify.prompt} and {config.verify.generate} generated tokens do not fit "
-                f"a context of {config.context}"
-            )
-        if config.verify is not None and config.verify.random > config.context:
-            found.append(f"verify: {config.verify.random} random tokens do not fit a context of {config.context}")
+        found += _verify_problems(config)
         found += get_layout(config.layout).problems(view.config, _options(view, config), _head_step(view))
         modules = view.modules.values()
         unsnapped = [module.name for module in modules if module.state == "quantized"]
@@ -114,7 +109,7 @@ class CoremlExporter(Exporter):
         if config.repalettize:
             view = _repalettize(loaded, model, view, config, ctx)
         weights = decoder_weights(loaded)
-        wanted = _tokens(model, architecture.vocabulary, config.verify)
+        wanted = _tokens(model, architecture, config)
         expected = references(loaded, wanted)  # now, and the model goes: package and model at once are much memory
         # Behind the references, which wrote quantized modules out: each pass over the others makes all weights anew.
         options = _options(view, config, _residual_scale(loaded, model, config, ctx))
@@ -128,7 +123,6 @@ class CoremlExporter(Exporter):
             program = part.build(lambda: ctx.progress(next(built), calls))
             write_package(program, ctx.out / part.file)
             del program
-        del weights
         copy_companions(model.path, ctx.out)
         meta = _meta(view, config, options, layout, parts, outputs)
         (ctx.out / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
@@ -137,9 +131,12 @@ class CoremlExporter(Exporter):
         _measure(bundle, view, ctx)
         _lint(bundle, ctx)
         if config.verify is not None:
+            _require_equal(bundle, weights)
+        del weights
+        if config.verify is not None:
             _verify(bundle, expected, config.verify, ctx)
             if options.adapter_functions:
-                _verify_base(bundle, model, config.verify, ctx)
+                _verify_base(bundle, model, wanted, config.verify, ctx)
 
 
 def _options(view: Any, config: CoremlConfig, residual_scale: float = 1.0) -> Options:
@@ -201,13 +198,29 @@ def _residual_scale(model: nn.Module, source: Artifact, config: CoremlConfig, ct
     return scale
 
 
-def _tokens(source: Artifact, vocabulary: int, wanted: Verify | None) -> list[Tokens]:
+def _tokens(source: Artifact, architecture: Architecture, config: CoremlConfig) -> list[Tokens]:
     """What the packages and the model are compared on."""
-    from a1q.coreml.reference import sequences
+    from a1q.coreml.reference import beyond_window, sequences
 
+    wanted = config.verify
     if wanted is None:
         return []
-    return sequences(source.path, vocabulary, wanted.prompt, wanted.generate, wanted.random)
+    beyond = beyond_window(architecture, config.prefill, config.context)
+    prompt = wanted.prompt_length(config.prefill)
+    return sequences(source.path, architecture.vocabulary, prompt, wanted.generate, wanted.random, beyond)
+
+
+def _require_equal(bundle: Bundle, weights: DecoderWeights) -> None:
+    """Compare every stored weight with the model's.
+
+    Raises:
+        StageError: naming what differs.
+    """
+    from a1q.coreml.stored import differences
+
+    found = differences(bundle, weights)
+    if found:
+        raise StageError("the Core ML package is not what the model is: " + "; ".join(found))
 
 
 def _verify(
@@ -229,13 +242,12 @@ def _verify(
         raise StageError(f"the Core ML package is not what {what} is: " + "; ".join(report.failures))
 
 
-def _verify_base(bundle: Bundle, source: Artifact, wanted: Verify, ctx: StageContext) -> None:
+def _verify_base(bundle: Bundle, source: Artifact, tokens: list[Tokens], wanted: Verify, ctx: StageContext) -> None:
     """The functions without adapters, compared with the model without them."""
-    from a1q.coreml.reference import folder_references
+    from a1q.coreml.reference import load_for_package, references
 
-    tokens = _tokens(source, bundle.vocabulary, wanted)
-    expected = folder_references(source.path, tokens, False, bundle.meta["repalettized"])
-    _verify(bundle, expected, wanted, ctx, "base")
+    model = load_for_package(source.path, adapters=False, repalettized=bundle.meta["repalettized"])
+    _verify(bundle, references(model, tokens), wanted, ctx, "base")
 
 
 def _measure(bundle: Bundle, view: Any, ctx: StageContext) -> None:
@@ -327,6 +339,22 @@ def _scheme_problems(view: Any) -> list[str]:
     schemes = " or ".join(sorted({f"{m.scheme['scheme']} at {m.scheme['bits']} bits" for m in foreign}))
     names = _some([module.name for module in foreign])
     return [f"Core ML can't hold {schemes} with these options: {names}; {repalettize.advice(foreign)}"]
+
+
+def _verify_problems(config: CoremlConfig) -> list[str]:
+    """What of the verification does not fit the context."""
+    wanted = config.verify
+    if wanted is None:
+        return []
+    found, prompt = [], wanted.prompt_length(config.prefill)
+    if prompt + wanted.generate > config.context:
+        found.append(
+            f"verify: a prompt of {prompt} and {wanted.generate} generated tokens do not fit a context of "
+            f"{config.context}"
+        )
+    if wanted.random > config.context:
+        found.append(f"verify: {wanted.random} random tokens do not fit a context of {config.context}")
+    return found
 
 
 def _packages(count: int) -> str:

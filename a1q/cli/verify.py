@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from a1q.cli.common import errors_as_json, json_option, print_json
-from a1q.coreml.thresholds import Verify, default_verify
+from a1q.coreml.thresholds import SECOND_CHUNK, Verify, default_verify
 from a1q.errors import GateError
 
 if TYPE_CHECKING:
@@ -35,7 +35,11 @@ Examples:
 )
 @click.argument("package")
 @click.option("--against", required=True, metavar="MODEL", help="The model: a folder, Hub id, run or RUN:STAGE_ID.")
-@click.option("--prompt", type=COUNT, default=DEFAULT.prompt, show_default=True, help="Tokens of text; 0 for none.")
+@click.option(
+    "--prompt",
+    type=COUNT,
+    help=f"Tokens of text; 0 for none.  [default: {SECOND_CHUNK} more than the package's prefill]",
+)
 @click.option(
     "--generate", type=COUNT, default=DEFAULT.generate, show_default=True, help="Tokens the model adds to it."
 )
@@ -132,7 +136,11 @@ def _examine(
         "against": against,
         "model": str(folder),
         "layout": bundle.meta["layout"],
-        "tokens": {"prompt": wanted.prompt, "generate": wanted.generate, "random": wanted.random},
+        "tokens": {
+            "prompt": wanted.prompt_length(int(bundle.meta["prefill"])),
+            "generate": wanted.generate,
+            "random": wanted.random,
+        },
         "figures": {way: figures.as_json() for way, figures in report.figures.items()},
         "repalettized": bundle.meta.get("repalettized", {}),
         "trace": report.trace(),
@@ -145,20 +153,31 @@ def _examine(
 
 def _compare(bundle: Bundle, folder: Path, wanted: Verify, adapter: str | None, units: ComputeUnits) -> Report:
     """Model first, then package, so that never both are in memory."""
+    from a1q.coreml.architecture import read_architecture
     from a1q.coreml.device import CoreMLBackend, available
-    from a1q.coreml.reference import folder_references, sequences
+    from a1q.coreml.reference import beyond_window, load_for_package, references, sequences
+    from a1q.coreml.stored import differences
     from a1q.coreml.verify import PRECISIONS, check_length, total_calls, verify_bundle
+    from a1q.coreml.weights import decoder_weights
+    from a1q.models.view import read_view
 
-    lengths = (wanted.prompt and wanted.prompt + wanted.generate, wanted.random)
+    prefill = int(bundle.meta["prefill"])
+    prompt = wanted.prompt_length(prefill)
+    lengths = (prompt and prompt + wanted.generate, wanted.random)
     check_length(bundle, [length for length in lengths if length])
-    tokens = sequences(bundle.folder, bundle.vocabulary, wanted.prompt, wanted.generate, wanted.random)
+    beyond = beyond_window(read_architecture(read_view(folder).config), prefill, bundle.context)
+    tokens = sequences(bundle.folder, bundle.vocabulary, prompt, wanted.generate, wanted.random, beyond)
     click.echo(f"running the model in {folder}", err=True)
-    references = folder_references(folder, tokens, adapter != "base", bundle.meta.get("repalettized"))
+    model = load_for_package(folder, adapter != "base", bundle.meta.get("repalettized"))
+    unequal = differences(bundle, decoder_weights(model))
+    expected = references(model, tokens)
+    del model
     device = CoreMLBackend(bundle, units) if available() is None else None
-    calls = total_calls(references, int(bundle.meta["prefill"]), len(PRECISIONS) + (device is not None))
+    calls = total_calls(expected, prefill, len(PRECISIONS) + (device is not None))
     click.echo(f"running the package in {bundle.folder}, {calls} calls", err=True)
     with click.progressbar(length=calls, file=sys.stderr, hidden=not sys.stderr.isatty()) as bar:
-        return verify_bundle(bundle, references, wanted, lambda: bar.update(1), adapter, device)
+        report = verify_bundle(bundle, expected, wanted, lambda: bar.update(1), adapter, device)
+    return replace(report, failures=unequal + report.failures)
 
 
 def _core_ml(bundle: Bundle, units: ComputeUnits, compile_to: Path | None) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from a1q.errors import MismatchError, Problem, StageError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from a1q.coreml.architecture import Architecture
     from a1q.coreml.operations import Array
 
 PASSAGE = (
@@ -24,6 +25,12 @@ PASSAGE = (
 """What the prompt says, repeated as often as it needs."""
 PREFILLED = 5 / 8
 """Share of random tokens that go through prefill before the rest goes step by step."""
+
+
+STEPS_BEYOND = 8
+"""Tokens behind a sliding window that go step by step."""
+STEPPED = 256
+"""Longer texts are not run step by step from their start: prefill and a few steps must do."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,11 @@ class Reference:
     blocks: what is left between this and the package in fp32 is not the weights' precision. `logits` itself where
     rounding changes nothing."""
 
+    @property
+    def stepped(self) -> bool:
+        """Whether it is also run token by token from its start."""
+        return len(self.tokens) <= STEPPED
+
 
 def prompt_tokens(folder: Path, vocabulary: int, count: int) -> list[int]:
     """`count` tokens of English text in the tokenizer of a folder, begun as that begins a text; without one, of a fixed
@@ -75,11 +87,19 @@ def random_tokens(vocabulary: int, count: int, seed: int = 0) -> list[int]:
     return np.random.default_rng(seed).integers(0, vocabulary, count).tolist()
 
 
-def sequences(folder: Path, vocabulary: int, prompt: int, generate: int, random: int) -> list[Tokens]:
+def beyond_window(architecture: Architecture, prefill: int, context: int) -> int:
+    """Tokens that reach beyond a sliding window, where there is one inside the context; else 0."""
+    if not 0 < architecture.window < context:
+        return 0
+    return min(context, architecture.window + prefill + STEPS_BEYOND)
+
+
+def sequences(folder: Path, vocabulary: int, prompt: int, generate: int, random: int, beyond: int = 0) -> list[Tokens]:
     """What verification runs over: text and its continuation, and random tokens that meet more of the vocabulary.
 
     Args:
         folder: where the tokenizer is.
+        beyond: where it is not 0 and random tokens are wanted, tokens of one more random text, see `beyond_window`.
     """
     found = []
     if prompt:
@@ -88,6 +108,9 @@ def sequences(folder: Path, vocabulary: int, prompt: int, generate: int, random:
         tokens = random_tokens(vocabulary, random)
         filled = max(1, int(PREFILLED * random))
         found.append(Tokens(tuple(tokens[:filled]), tuple(tokens[filled:])))
+    if random and beyond:
+        tokens = random_tokens(vocabulary, beyond, seed=1)
+        found.append(Tokens(tuple(tokens[:-STEPS_BEYOND]), tuple(tokens[-STEPS_BEYOND:])))
     return found
 
 
@@ -118,16 +141,13 @@ def references(model: nn.Module, wanted: Sequence[Tokens]) -> list[Reference]:
     ]
 
 
-def folder_references(
-    folder: Path,
-    wanted: Sequence[Tokens],
-    adapters: bool = True,
-    repalettized: Mapping[str, Mapping[str, Any]] | None = None,
-) -> list[Reference]:
-    """As `references`, of the model in a folder, which is let go again: only logits stay.
+def load_for_package(
+    folder: Path, adapters: bool = True, repalettized: Mapping[str, Mapping[str, Any]] | None = None
+) -> Any:
+    """The model of a folder as a package was made of it.
 
     Args:
-        adapters: whether unmerged adapters are added.
+        adapters: whether unmerged adapters stay.
         repalettized: rules by which modules were fitted anew for the package (`a1q.coreml.repalettize`).
 
     Raises:
@@ -150,7 +170,7 @@ def folder_references(
     if not adapters:
         for _, module in quantized_modules(model):
             module.drop_adapter()
-    return references(model, wanted)
+    return model
 
 
 def _dense_parameters(model: nn.Module) -> list[nn.Parameter]:

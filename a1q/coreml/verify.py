@@ -124,7 +124,8 @@ def check_length(bundle: Bundle, lengths: Sequence[int]) -> None:
 def total_calls(references: Sequence[Reference], prefill: int, ways: int = len(PRECISIONS)) -> int:
     """How often `verify_bundle` ticks; `ways` counts the device too."""
     return ways * sum(
-        2 * len(reference.tokens) - reference.prompt + 1 + (reference.prompt > prefill) for reference in references
+        len(reference.tokens) * (1 + reference.stepped) - reference.prompt + 1 + (reference.prompt > prefill)
+        for reference in references
     )
 
 
@@ -169,7 +170,7 @@ def _both_ways(runner: Runner, reference: Reference) -> Iterator[tuple[int, Arra
     """(position, logits after it): token by token; then prefill over the prompt and token by token from there."""
     tokens = reference.tokens.tolist()
     runner.reset()
-    for position, token in enumerate(tokens):
+    for position, token in enumerate(tokens if reference.stepped else ()):
         yield position, runner.step(token)
     chunk = int(runner.bundle.meta["prefill"])
     if reference.prompt > chunk:  # a full chunk by itself: the prompt's last one is mostly padding

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from a1q.coreml.reference import Tokens, folder_references, prompt_tokens, random_tokens, references, sequences
+from a1q.coreml.reference import Tokens, load_for_package, prompt_tokens, random_tokens, references, sequences
 from a1q.errors import MismatchError
 from tests.coreml.bundles import model_folder
 from tests.coreml.models import SCHEMES, decoder
@@ -54,8 +54,8 @@ def test_parts_of_schemes_are_not_rounded_again():
 def test_a_folder_is_read_as_saved(tmp_path):
     model = decoder(SCHEMES["rank-1"], adapter=2)
     folder = model_folder(model, tmp_path)
-    [found] = folder_references(folder, WANTED[:1])
-    [plain] = folder_references(folder, WANTED[:1], adapters=False)
+    [found] = references(load_for_package(folder), WANTED[:1])
+    [plain] = references(load_for_package(folder, adapters=False), WANTED[:1])
     np.testing.assert_allclose(found.logits, references(model, WANTED[:1])[0].logits, atol=1e-4)
     np.testing.assert_allclose(
         plain.logits[:3], references(decoder(SCHEMES["rank-1"]), WANTED[:1])[0].logits[:3], atol=1e-4
@@ -65,7 +65,7 @@ def test_a_folder_is_read_as_saved(tmp_path):
 
 def test_a_folder_that_is_no_model(tmp_path):
     with pytest.raises(MismatchError, match="is not a model"):
-        folder_references(tmp_path, WANTED)
+        load_for_package(tmp_path)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
@@ -104,7 +104,7 @@ def test_weights_that_core_ml_makes_of_integers_are_fp16_numbers(tmp_path, model
 def test_rules_that_name_nothing_of_this_model(tmp_path):
     folder = model_folder(decoder(), tmp_path)
     with pytest.raises(MismatchError, match=r"not what the package was made of: repalettize\.a matches no module"):
-        folder_references(folder, WANTED, repalettized={"a": {"match": "x", "scheme": "lut", "bits": 4}})
+        load_for_package(folder, repalettized={"a": {"match": "x", "scheme": "lut", "bits": 4}})
 
 
 def test_prompt_is_text_where_there_is_a_tokenizer(tmp_path):
@@ -136,3 +136,21 @@ def test_sequences():
     assert (len(text.prompt), text.generate, text.forced) == (10, 3, ())
     assert (len(random.prompt), len(random.forced), random.generate) == (10, 6, 0)
     assert sequences(Path("nowhere"), 320, 0, 3, 0) == []
+
+
+def test_a_text_reaches_beyond_a_window_that_ends_inside_the_context(tmp_path):
+    from dataclasses import replace
+
+    from a1q.coreml.architecture import read_architecture
+    from a1q.coreml.reference import STEPPED, STEPS_BEYOND, beyond_window
+
+    sliding = read_architecture(tiny_family("gemma3_text").config.to_dict())
+    assert sliding.window == 16
+    assert beyond_window(sliding, 32, 128) == 16 + 32 + STEPS_BEYOND
+    assert beyond_window(sliding, 128, 128) == 128, "no further than the context"
+    assert beyond_window(sliding, 8, 16) == 0, "the window is the context"
+    assert beyond_window(replace(sliding, window=0), 32, 128) == 0
+    *_, last = sequences(tmp_path, 320, 0, 0, 8, STEPPED + 1)
+    assert len(last.forced) == STEPS_BEYOND
+    [found] = references(tiny_family("gemma3_text"), [last])
+    assert not found.stepped
