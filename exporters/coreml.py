@@ -52,7 +52,7 @@ class CoremlConfig:
 class CoremlExporter(Exporter):
     """Build the packages, read them back, interpret them and compare."""
 
-    version = 2
+    version = 3
     Config = CoremlConfig
 
     def refusals(self, view: Any, config: CoremlConfig) -> list[str]:
@@ -180,19 +180,12 @@ def _text(source: Artifact, model: nn.Module, config: CoremlConfig) -> Any:
 def _residual_scale(model: nn.Module, source: Artifact, config: CoremlConfig, ctx: StageContext) -> float:
     """The factor asked for, or the one that the activations on text ask for; both are noted."""
     from a1q.coreml.activations import measure, residual_scale
-    from a1q.coreml.decoder import SMALLEST_EPSILON
 
     peaks = measure(model, _text(source, model, config))
     scale = residual_scale(peaks) if config.residual_scale == "auto" else float(config.residual_scale)
     ctx.metrics.update(peak_activation=peaks.stream(), residual_scale=scale, peaks=peaks.as_json()["layers"])
     if scale != 1:
         ctx.log(f"the residual stream is scaled by {scale:g}: its largest activation is {peaks.stream():,.0f}")
-    epsilon = float(model.config.rms_norm_eps)  # type: ignore[union-attr, arg-type]
-    if epsilon * scale**2 < SMALLEST_EPSILON:
-        ctx.log(
-            f"at this scale fp16 has no epsilon as small as the norms' {epsilon:g}; it acts as "
-            f"{SMALLEST_EPSILON / scale**2:.2g}, which small activations notice"
-        )
     for place in peaks.beyond():
         ctx.log(f"beyond fp16: {place}")
     return scale

@@ -254,12 +254,19 @@ class Decoder:
         """
         from coremltools.converters.mil import Builder as mb
 
-        gain = self.weights.norms[name] * factor
-        both = mb.concat(values=[x, mb.mul(x=x, y=np.float16(-1))], axis=axis)
-        gamma = constant(name.replace(".", "_"), np.concatenate([gain, gain]).astype(np.float16))
-        epsilon = np.float16(max(self.architecture.rms_eps * stream**2, SMALLEST_EPSILON))
-        both = mb.layer_norm(x=both, axes=[axis], gamma=gamma, epsilon=epsilon)
-        size = [*x.shape]
+        gain, size = self.weights.norms[name] * factor, [*x.shape]
+        values, beyond = [x, mb.mul(x=x, y=np.float16(-1))], np.zeros(0)
+        epsilon = self.architecture.rms_eps * stream**2
+        if epsilon < SMALLEST_EPSILON:
+            # Two channels ±c instead, with c² = n ε: of n + 1 squares the mean is n / (n + 1) (mean of x² + ε).
+            count = gain.size
+            floor = np.zeros([2 if place == axis else extent for place, extent in enumerate(size)], np.float16)
+            np.moveaxis(floor, axis, 0)[:] = np.reshape([1, -1], [2] + [1] * (len(size) - 1)) * (count * epsilon) ** 0.5
+            values.append(floor)
+            gain, beyond, epsilon = gain * (count / (count + 1)) ** 0.5, np.ones(2), 0.0
+        gamma = constant(name.replace(".", "_"), np.concatenate([gain, gain, beyond]).astype(np.float16))
+        both = mb.concat(values=values, axis=axis)
+        both = mb.layer_norm(x=both, axes=[axis], gamma=gamma, epsilon=np.float16(epsilon))
         return mb.slice_by_size(x=both, begin=[0] * len(size), size=size)
 
     def _heads(self, x: Any, heads: int) -> Any:

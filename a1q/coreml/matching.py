@@ -68,7 +68,8 @@ def _sizes(bundle: Bundle) -> dict[str, int]:
                 slots, sizes["kv_heads"], _, sizes["head_dim"] = (size or 0 for size in state.shape)
                 sizes["layers"] = slots // 2
             if FINAL_NORM in function.values:
-                sizes["hidden"] = function.values[FINAL_NORM].elements // 2
+                # Widths are even: one more pair is the floor of a stream that is scaled very small.
+                sizes["hidden"] = function.values[FINAL_NORM].elements // 4 * 2
     return sizes
 
 

@@ -92,6 +92,19 @@ def test_the_function_stays_the_same(model_type: str, tied: bool):
     assert np.abs(plain - expected(model)).max() < 2e-2
 
 
+@pytest.mark.parametrize(("model_type", "tied"), TIED)
+def test_it_stays_the_same_where_fp16_has_no_epsilon_as_small(model_type: str, tied: bool):
+    """A quiet model at 1/64: epsilon would have to be 2.4e-10. What is left is the rounding of gains to fp16, and of
+    the unscaled epsilon; an epsilon of 2^-24 would be 240 times too large."""
+    model = tiny_family(model_type, tie_word_embeddings=tied, rms_norm_eps=1e-6)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(0.02)
+    model = half(model)
+    reference = expected(model)
+    scaled, _ = computed(model, 2.0**-6, "fp32")
+    assert np.abs(scaled - reference).max() < 1e-2 * reference.std()
+
+
 @pytest.mark.parametrize("size", [1e-2, 1.0, 300.0, 20000.0])
 def test_rms_norm_survives_large_activations_in_fp16(size: float):
     """y = x / sqrt(mean x² + eps) · gain, against float64; the squares of 20,000 are 6,000 times beyond fp16."""

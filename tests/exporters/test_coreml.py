@@ -240,12 +240,10 @@ def test_a_residual_stream_beyond_fp16_is_scaled(tmp_path):
         for layer in model.model.layers:
             layer.mlp.down_proj.weight.mul_(2.0**15)
     source = artifact(model, tmp_path)
-    ctx, said = context(tmp_path / "out"), []
-    ctx.log = said.append
-    CoremlExporter().export(source, config(verify={**VERIFY, "min_cosine": 0.999}), ctx)
+    ctx = context(tmp_path / "out")
+    CoremlExporter().export(source, config(), ctx)
     assert ctx.metrics["residual_scale"] < 1
     assert ctx.metrics["overflows_fp16"] == 0
-    assert any("fp16 has no epsilon as small as the norms' 1e-06; it acts as" in line for line in said)
     unscaled = context(tmp_path / "unscaled")
     with pytest.raises(StageError, match="not finite in fp16"):
         CoremlExporter().export(source, config(residual_scale=1.0), unscaled)
