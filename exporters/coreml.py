@@ -81,12 +81,12 @@ class CoremlExporter(Exporter):
 
     def estimate(self, view: Any, config: CoremlConfig) -> int:
         """The weights in theory, and the programs that hold them together."""
-        from a1q.quant.bits import bpw_model
+        from a1q.quant.bits import bpw_model, module_bits
 
         view = repalettize.planned(config.repalettize, view)
         weights = int(bpw_model(view) * view.parameters / 8)
         if config.layout != "single" and view.tied:  # the head is a package of its own
-            weights += 2 * int(view.config["vocab_size"]) * int(view.config["hidden_size"])
+            weights += module_bits(view.modules["model.embed_tokens"]) // 8
         return weights + 100_000 + 200_000 * int(view.config.get("num_hidden_layers", 0))
 
     def export(self, model: Artifact, config: CoremlConfig, ctx: StageContext) -> None:
