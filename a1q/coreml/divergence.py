@@ -195,7 +195,9 @@ class Tracer:
         single = interpreters[0].walk(function, inputs, states[0])
         half = interpreters[1].walk(function, inputs if half_inputs is None else half_inputs, states[1])
         constants = interpreters[0].constants[function]
-        flow = _Flow(constants, {name for name, array in inputs.items() if not _is_float(array)})
+        # A mask that an app passes in says of positions what one made inside does.
+        positional = {name for name, array in inputs.items() if not _is_float(array) or name.endswith("mask")}
+        flow = _Flow(constants, positional)
         while True:
             try:
                 exact = next(single)

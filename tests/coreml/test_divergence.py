@@ -179,6 +179,7 @@ def test_a_model_in_parts(tmp_path):
     assert {function.split(": ")[0] for function, _ in found.operations} == set(bundle.packages)
     layers = {layer for layer in found.peaks() if layer is not None}
     assert layers == set(range(max(part["layers"][1] for part in bundle.meta["parts"])))
+    assert max(deviation.peak for deviation in found.peaks().values()) < 10000, "no score that the app's mask hides"
     assert set(trace_bundle(bundle, IDS.tolist(), 30).operations) == set(found.operations)
 
 
