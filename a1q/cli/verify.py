@@ -22,7 +22,18 @@ if TYPE_CHECKING:
 DEFAULT = default_verify()
 UNITS = ("CPU_AND_NE", "ALL", "CPU_AND_GPU", "CPU_ONLY")
 COUNT = click.IntRange(min=0)
-SHARE = click.FloatRange(0, 1)
+
+
+class Number(click.FloatRange):
+    """A range that nan is not in."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """As click does."""
+        number = super().convert(value, param, ctx)
+        return number if number == number else self.fail("nan is no number", param, ctx)
+
+
+SHARE, COSINE = Number(0, 1), Number(-1, 1)
 
 
 @click.command(
@@ -45,14 +56,14 @@ Examples:
 )
 @click.option("--random", type=COUNT, default=DEFAULT.random, show_default=True, help="Random tokens, apart from it.")
 @click.option(
-    "--min-cosine", type=float, default=DEFAULT.min_cosine, show_default=True, help="Of any position, in fp32."
+    "--min-cosine", type=COSINE, default=DEFAULT.min_cosine, show_default=True, help="Of any position, in fp32."
 )
 @click.option(
-    "--min-cosine-fp16", type=float, default=DEFAULT.min_cosine_fp16, show_default=True, help="The same in fp16."
+    "--min-cosine-fp16", type=COSINE, default=DEFAULT.min_cosine_fp16, show_default=True, help="The same in fp16."
 )
 @click.option(
     "--max-error",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Number(min=0, min_open=True),
     default=DEFAULT.max_error,
     show_default=True,
     help="Of a logit in fp32, over the standard deviation of its position's logits.",

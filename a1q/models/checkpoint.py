@@ -182,7 +182,7 @@ def _load_plain(folder: Path, dtype: torch.dtype) -> Any:
             use_safetensors=True,
             output_loading_info=True,
         )
-    except (ValueError, OSError, KeyError, RuntimeError) as error:
+    except (ValueError, OSError, KeyError, RuntimeError, AttributeError, TypeError) as error:  # damaged JSON beside it
         raise StageError(f"{folder} does not load: {error}") from None
     _refuse_differences(folder, found["missing_keys"], found["unexpected_keys"])
     return model

@@ -54,6 +54,12 @@ def test_a_good_package() -> None:
         assert "On a Mac: a1q verify single --against model" in result.stdout
 
 
+@pytest.mark.parametrize("option", ["--min-cosine", "--min-cosine-fp16", "--max-error", "--min-agreement"])
+def test_thresholds_that_are_no_number(option):
+    result = a1q("verify", "single", "--against", "model", option, "nan")
+    assert result.exit_code == 2 and "nan is no number" in result.output
+
+
 @pytest.mark.parametrize("package", ["single/model.mlpackage", "anemll"])
 def test_as_json(package: str) -> None:
     result = a1q("verify", package, "--against", "model", *SHORT, "--json")

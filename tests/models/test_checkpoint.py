@@ -245,3 +245,10 @@ def test_a_config_that_contradicts_itself_is_told(tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
     with pytest.raises(StageError, match="is not understood"):
         load_model(folder)
+
+
+def test_settings_beside_the_model_that_are_no_mapping(tmp_path):
+    folder = tiny_folder(tmp_path / "model")
+    (folder / "generation_config.json").write_text("[1, 2]")
+    with pytest.raises(StageError, match="does not load"):
+        load_model(folder)
