@@ -6,7 +6,7 @@ token asks for. So every index, table, integer, scale and fp16 weight is compare
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,23 +35,23 @@ def differences(bundle: Bundle, weights: DecoderWeights) -> list[str]:
 
 
 def unequal(bundle: Bundle, weights: DecoderWeights) -> tuple[dict[str, int], list[str]]:
-    """(numbers that differ by matrix; matrices that are nowhere)."""
+    """(numbers that differ by constant; constants that are nowhere)."""
     matrices = _matrices(weights, len(bundle.meta["outputs"]))
+    expected = {
+        f"{name}_{ending}": array for name, matrix in matrices.items() for ending, array in stored(matrix).items()
+    }
     wrong: dict[str, int] = {}
-    seen: dict[int, Any] = {}  # functions share what they hold; kept here, an array's id is not given to another
+    compared: dict[tuple[str, int], Any] = {}  # functions share what they hold; kept, as ids of dead arrays come again
     for part in bundle.packages:
         for function in bundle.packages[part].program.functions.values():
-            constants = dict(_constants(function))
-            for name, matrix in matrices.items():
-                for ending, expected in stored(matrix).items():
-                    value = constants.get(f"{name}_{ending}")
-                    if value is not None:
-                        wrong.setdefault(name, 0)
-                        if id(value) not in seen:
-                            seen[id(value)] = value
-                            wrong[name] += _unequal(expected, value)
-    missing = [name for name in matrices if name not in wrong and not _elsewhere(name, wrong)]
-    return wrong, missing
+            for name, value in _constants(function):
+                if name in expected and (name, id(value)) not in compared:
+                    compared[name, id(value)] = value
+                    wrong[name] = wrong.get(name, 0) + _unequal(expected[name], value)
+    # An embedding that is there in parts need not be there whole; its parts are looked for by themselves.
+    whole = {f"embedding_{ending}" for ending in stored(weights.embedding)}
+    spared = whole if not whole & wrong.keys() and len(bundle.meta["outputs"]) > 1 and weights.tied else set()
+    return wrong, [name for name in expected if name not in wrong and name not in spared]
 
 
 def stored(matrix: Linear) -> dict[str, Array]:
@@ -82,11 +82,6 @@ def _matrices(weights: DecoderWeights, outputs: int) -> dict[str, Linear]:
     if outputs > 1 or not weights.tied:
         found |= {f"{name}_{part + 1}": head.rows(part * size, (part + 1) * size) for part in range(outputs)}
     return found
-
-
-def _elsewhere(name: str, found: Mapping[str, int]) -> bool:
-    """Whether an embedding that is not there whole is there in parts, which are looked for by themselves."""
-    return name == "embedding" and "embedding_1" in found
 
 
 def _constants(function: Any) -> Iterator[tuple[str, Any]]:

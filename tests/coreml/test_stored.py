@@ -36,11 +36,11 @@ def test_one_number_is_found_wherever_it_is(tmp_path):
     lut[-1, 3] = -lut[-1, 3]
     other = replace(linear, palette=replace(linear.palette, lut=lut))
     [found] = differences(bundle, replace(weights, linears={**weights.linears, name: other}))
-    assert found == "weights that differ from the model's: model_layers_1_mlp_up_proj (1 numbers)"
+    assert found == "weights that differ from the model's: model_layers_1_mlp_up_proj_lut (1 numbers)"
     table = weights.embedding.dense.copy()
     table[319, 5] += 1
     [found] = differences(bundle, replace(weights, embedding=replace(weights.embedding, dense=table)))
-    assert "embedding_2 (1 numbers)" in found
+    assert "embedding_2_weight (1 numbers)" in found
 
 
 def test_a_matrix_that_is_nowhere(tmp_path):
@@ -49,4 +49,29 @@ def test_a_matrix_that_is_nowhere(tmp_path):
     weights = decoder_weights(model)
     more = {**weights.linears, "model.layers.2.mlp.up_proj": weights.linears["model.layers.1.mlp.up_proj"]}
     [found] = differences(bundle, replace(weights, linears=more))
-    assert found == "weights that are in no package: model_layers_2_mlp_up_proj"
+    names = [f"model_layers_2_mlp_up_proj_{ending}" for ending in ("indices", "lut", "a")]
+    assert found == f"weights that are in no package: {', '.join(names)} and 1 more"
+
+
+def test_a_scale_that_was_dropped(tmp_path):
+    model = decoder(SCHEMES["rank-1"])
+    weights = decoder_weights(model)
+    name = "model.layers.0.mlp.gate_proj"
+    bare = {**weights.linears, name: replace(weights.linears[name], a=None, b=None)}
+    bundle = bundle_of(model, tmp_path, weights=replace(weights, linears=bare))
+    [found] = differences(bundle, weights)
+    assert found == "weights that are in no package: model_layers_0_mlp_gate_proj_a, model_layers_0_mlp_gate_proj_b"
+
+
+def test_a_matrix_that_points_to_the_numbers_of_another(tmp_path):
+    """Both are one array then, and each is compared under its own name."""
+    model = decoder(SCHEMES["tensor-2"])
+    bundle = bundle_of(model, tmp_path)
+    for function in bundle.packages["model"].program.functions.values():
+        first, second = (
+            next(op for op in function.operations if op.outputs[0].name == f"model_layers_{layer}_mlp_up_proj_weight")
+            for layer in (0, 1)
+        )
+        second.indices._sym_val.val = first.indices._sym_val.val
+    [found] = differences(bundle, decoder_weights(model))
+    assert "model_layers_1_mlp_up_proj_indices (" in found and "layers_0" not in found
