@@ -33,7 +33,7 @@ LIMIT = 0.6
 """What `als`, weighted by E[x²], may have of the KL of `absmax_svd` at 2 bits and the same rank."""
 
 
-def quantized(model: Any, spec: Mapping[str, Any], statistics: Mapping[str, Any]) -> tuple[Any, float]:
+def quantized(model: Any, spec: Mapping[str, Any], inputs: Mapping[str, Any]) -> tuple[Any, float]:
     """A copy of `model` with every linear in its layers quantized, and the bits per quantized weight."""
     from torch.nn import Linear
 
@@ -43,7 +43,7 @@ def quantized(model: Any, spec: Mapping[str, Any], statistics: Mapping[str, Any]
     bits = weights = 0
     for name, module in list(student.named_modules()):
         if isinstance(module, Linear) and ".layers." in name:
-            changed = QuantLinear.quantize(module, spec, statistics.get(name), keep_latent=False)
+            changed = QuantLinear.quantize(module, spec, inputs.get(name), keep_latent=False)
             swap_module(student, name, changed)
             bits += changed.scheme.bits(changed.shape)
             weights += changed.shape[0] * changed.shape[1]
@@ -56,6 +56,7 @@ def main(source: str = "builtin:pico", side: str = "test") -> None:
     from a1q.distill.evaluate import evaluate_model
     from a1q.models.checkpoint import load_model
     from a1q.models.source import resolve_source
+    from a1q.quant.importance import Inputs
     from a1q.quant.statistics import collect_statistics
 
     folder = resolve_source(source, None).path
@@ -63,12 +64,13 @@ def main(source: str = "builtin:pico", side: str = "test") -> None:
     test = token_sequences(TEXT, folder, side, LENGTH, None, seed=0)[:TEST]
     sample = token_sequences(TEXT, folder, "train", LENGTH, CALIBRATION, seed=0)
     statistics = collect_statistics(model, sample, batch_size=8, progress=lambda done, total: None)
+    inputs = {name: Inputs(square) for name, square in statistics.items()}
     rows: list[dict[str, Any]] = []
     for bits in (2, 4):
         found: dict[str, float] = {}
         for method, (spec, weighted) in METHODS.items():
             start = time.perf_counter()
-            student, per_weight = quantized(model, {**spec, "bits": bits}, statistics if weighted else {})
+            student, per_weight = quantized(model, {**spec, "bits": bits}, inputs if weighted else {})
             seconds = time.perf_counter() - start
             figures = evaluate_model(student, model, test)
             found[method] = figures["kl"]

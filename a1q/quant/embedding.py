@@ -11,6 +11,7 @@ from torch.nn.functional import embedding
 
 from a1q.errors import StageError
 from a1q.models.view import QUANTIZED, SNAPPED
+from a1q.quant.importance import Inputs
 from a1q.quant.module import QuantModule
 
 
@@ -58,12 +59,18 @@ class QuantEmbedding(QuantModule, nn.Embedding):  # type: ignore[override]
         return cls(spec, parts, latent, state, dense.padding_idx, scale, dense.weight.dtype)
 
     @classmethod
-    def importance(cls, statistics: Tensor | None) -> Tensor | None:
+    def importance(cls, inputs: Inputs | None) -> Inputs | None:
         """Half what the tied head's inputs say, half evenly: rows are also looked up, and there all channels count.
 
         On the built-in model this is better than either alone for tables with scales of their own per row or column.
         """
-        return None if statistics is None else statistics + statistics.mean()
+        if inputs is None:
+            return None
+        mean = inputs.square.mean()
+        gram = inputs.gram
+        if gram is not None:
+            gram = gram + mean * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        return Inputs(inputs.square + mean, gram, inputs.rows)
 
     def set_adapter(self, lora_a: Tensor, lora_b: Tensor, alpha: float) -> None:
         """Refused.

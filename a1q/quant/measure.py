@@ -11,13 +11,16 @@ from a1q.quant.bits import bpw, bpw_model
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from a1q.quant.importance import Inputs
 
-def relative_error(weight: Tensor, approximation: Tensor, statistics: Tensor | None) -> tuple[float, float]:
+
+def relative_error(weight: Tensor, approximation: Tensor, inputs: Inputs | None) -> tuple[float, float]:
     """(Σ h (W - Ŵ)², Σ h W²) in float64; h = E[x²] [in], or ones."""
     weight, approximation = weight.cpu().double(), approximation.cpu().double()
     wrong, whole = (weight - approximation).square(), weight.square()
-    if statistics is not None:
-        wrong, whole = wrong * statistics.cpu().double(), whole * statistics.cpu().double()
+    if inputs is not None:
+        h = inputs.square.cpu().double()
+        wrong, whole = wrong * h, whole * h
     return float(wrong.sum()), float(whole.sum())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, ClassVar, Self
 
 import torch
@@ -13,6 +14,7 @@ from torch.nn.functional import linear
 from a1q.errors import StageError
 from a1q.models.view import QUANTIZED, SNAPPED
 from a1q.quant.build import complete, make_scheme
+from a1q.quant.importance import Inputs
 from a1q.quant.scheme import Scheme
 
 FORMS = ("dense", "factored", "batched")
@@ -80,26 +82,25 @@ class QuantModule(nn.Module):
         cls,
         module: nn.Module,
         spec: Mapping[str, Any],
-        statistics: Tensor | None = None,
+        inputs: Inputs | None = None,
         seed: int = 0,
         keep_latent: bool = True,
     ) -> Self:
-        """Fit the scheme to a dense module; `statistics` is E[x²] [in].
+        """Fit the scheme to a dense module, `inputs` being what it is multiplied with.
 
         Raises:
             StageError: if the weight is not finite, or the module computes something of its own.
+            ValueError: if `inputs` is no such thing or has another shape.
         """
         assert isinstance(module.weight, Tensor)
         weight = module.weight.detach().float()
-        if not bool(torch.isfinite(weight).all()):
-            raise StageError("the weight holds values that are not finite")
-        parts = fit_parts(make_scheme(spec), weight, cls.importance(statistics), seed)
+        parts = fit_parts(make_scheme(spec), weight, cls.importance(inputs), seed)
         return cls.in_place_of(module, spec, parts, weight.clone() if keep_latent else None)
 
     @classmethod
-    def importance(cls, statistics: Tensor | None) -> Tensor | None:
-        """How much a fit's errors count, [in] up to a factor, where the weight meets inputs of E[x²] = `statistics`."""
-        return statistics
+    def importance(cls, inputs: Inputs | None) -> Inputs | None:
+        """How a fit's errors count, where the weight's products are made with `inputs`."""
+        return inputs
 
     # -- what the module is ----------------------------------------------------------------------------------
     @property
@@ -177,10 +178,10 @@ class QuantModule(nn.Module):
             return torch.zeros(self.shape, device=self.indices.device)
         return (self.adapter_alpha / len(self.lora_A)) * (self.lora_B.float() @ self.lora_A.float()).detach()
 
-    def refit(self, spec: Mapping[str, Any], target: Tensor, statistics: Tensor | None = None, seed: int = 0) -> None:
-        """Fit a scheme, this one or another, to `target` [out, in]; a latent moves to `target`."""
+    def refit(self, spec: Mapping[str, Any], target: Tensor, inputs: Inputs | None = None, seed: int = 0) -> None:
+        """Fit a scheme, this one or another, to `target` [out, in]; a latent moves there. Raises as `quantize`."""
         target = target.detach().float()
-        self.set_scheme(spec, fit_parts(make_scheme(spec), target, self.importance(statistics), seed), target)
+        self.set_scheme(spec, fit_parts(make_scheme(spec), target, self.importance(inputs), seed), target)
 
     def set_scheme(self, spec: Mapping[str, Any], parts: Mapping[str, Tensor], latent: Tensor) -> None:
         """Put a scheme, this one or another, and its parts in place; a latent, where kept, becomes `latent`."""
@@ -239,12 +240,27 @@ class QuantModule(nn.Module):
             self.register_parameter(name, nn.Parameter(part, requires_grad=name in training))
 
 
-def fit_parts(scheme: Scheme, weight: Tensor, statistics: Tensor | None, seed: int) -> dict[str, Tensor]:
-    """`Scheme.fit` where the weight is, but for Metal, which has no float64."""
+def fit_parts(scheme: Scheme, weight: Tensor, inputs: Inputs | None, seed: int) -> dict[str, Tensor]:
+    """`Scheme.fit` where the weight is, but for Metal, which has no float64.
+
+    Raises:
+        StageError: if the weight is not finite.
+        ValueError: if `inputs` has another shape or is not finite.
+    """
+    if not bool(torch.isfinite(weight).all()):
+        raise StageError("the weight holds values that are not finite")
     place = "cpu" if weight.device.type == "mps" else weight.device
-    statistics = None if statistics is None else statistics.to(place)
-    parts = scheme.fit(weight.to(place), statistics, seed)
+    parts = scheme.fit(weight.to(place), None if inputs is None else inputs.to(place), seed)
     return {name: part.to(weight.device) for name, part in parts.items()}
+
+
+@contextmanager
+def naming(module: str) -> Iterator[None]:
+    """Say which module an error of a fit is about."""
+    try:
+        yield
+    except (StageError, ValueError) as error:
+        raise StageError(f"{module}: {error}") from error
 
 
 def quantized_modules(model: nn.Module) -> Iterator[tuple[str, QuantModule]]:

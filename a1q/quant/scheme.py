@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from a1q.quant.importance import Inputs
+
 Shape = tuple[int, int]
 
 
@@ -86,8 +88,12 @@ class Scheme(ABC):
 
     # -- with torch ----------------------------------------------------------------------------------------
     @abstractmethod
-    def fit(self, weight: Tensor, statistics: Tensor | None, seed: int) -> dict[str, Tensor]:
-        """Fit the parts to `weight` [out, in], errors weighted by `statistics` = E[x²] [in] where given."""
+    def fit(self, weight: Tensor, inputs: Inputs | None, seed: int) -> dict[str, Tensor]:
+        """Fit the parts to `weight` [out, in], errors weighted by what is known of its inputs.
+
+        Raises:
+            ValueError: if `inputs` holds NaN, infinite or negative values, or does not fit the weight's shape.
+        """
 
     @abstractmethod
     def dequantize(self, parts: Mapping[str, Tensor]) -> Tensor:

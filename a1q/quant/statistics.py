@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from numpy import ndarray
     from torch import Tensor, nn
 
+    from a1q.quant.importance import Inputs
+
 FILE = "statistics.safetensors"
 
 
@@ -88,14 +90,16 @@ def measured_modules(view: ModelView, names: Iterable[str]) -> list[str]:
     return [item.name for item in modules if item.kind == "linear" or item.shape[0] == vocabulary]
 
 
-def read_statistics(artifact: Artifact | None, modules: Iterable[str]) -> dict[str, Tensor]:
-    """E[x²] of each of `modules`; nothing without an artifact.
+def read_statistics(artifact: Artifact | None, modules: Iterable[str]) -> dict[str, Inputs]:
+    """The inputs of each of `modules`; nothing without an artifact.
 
     Raises:
         StageError: if the file is damaged or has no entry for a module; it names them.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
+
+    from a1q.quant.importance import Inputs
 
     if artifact is None:
         return {}
@@ -106,4 +110,4 @@ def read_statistics(artifact: Artifact | None, modules: Iterable[str]) -> dict[s
     missing = [name for name in modules if name not in found]
     if missing:
         raise StageError(f"the statistics have no entry for {', '.join(missing[:8])}")
-    return found
+    return {name: Inputs(square) for name, square in found.items()}

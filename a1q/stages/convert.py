@@ -61,7 +61,7 @@ class ConvertStage(Stage):
         from a1q.models.checkpoint import load_model, save_model
         from a1q.models.view import read_view
         from a1q.quant.measure import error_by_group, relative_error, report_bits
-        from a1q.quant.module import quantized_modules
+        from a1q.quant.module import naming, quantized_modules
         from a1q.quant.statistics import measured_modules, read_statistics
         from a1q.training.device import prepare_torch
 
@@ -80,16 +80,18 @@ class ConvertStage(Stage):
             ctx.metrics["kl_before"] = measure(model)
         before, after = [], []
         for step, (name, planned) in enumerate(changed.items(), 1):
-            module, h = modules[name], statistics.get(name)
+            module, inputs = modules[name], statistics.get(name)
             target = _target(module, ctx.config.target)
-            before.append((owners[name], *relative_error(target, module.dequantize() + module.adapter_delta(), h)))
+            present = module.dequantize() + module.adapter_delta()
+            before.append((owners[name], *relative_error(target, present, inputs)))
             assert planned.scheme is not None
             module.drop_adapter()
             if ctx.config.method == "published":
                 _refit_published(module, planned.scheme, target, ctx.seed)
             else:
-                module.refit(planned.scheme, target, h, ctx.seed)
-            after.append((owners[name], *relative_error(target, module.dequantize(), h)))
+                with naming(name):
+                    module.refit(planned.scheme, target, inputs, ctx.seed)
+            after.append((owners[name], *relative_error(target, module.dequantize(), inputs)))
             ctx.progress(step, len(changed))
         if measure is not None:
             ctx.metrics["kl_after"] = measure(model)

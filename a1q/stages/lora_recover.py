@@ -196,7 +196,7 @@ def _refit(
     identity: Mapping[str, Any],
 ) -> bool:
     """Merge the adapters into the modules by a new fit and train scales and tables; return whether it helped."""
-    from a1q.quant.module import fit_parts
+    from a1q.quant.module import fit_parts, naming
     from a1q.training.loop import LoopSpec, run_loop
     from a1q.training.parameters import parameter_groups
 
@@ -210,7 +210,8 @@ def _refit(
         target = targets[name] = base + module.adapter_delta()
         parts = {part: tensor.detach().clone() for part, tensor in module.parts().items()}
         starts["assign"][name] = {**parts, "indices": module.scheme.assign(parts, target)}
-        starts["fit"][name] = fit_parts(module.scheme, target, None, ctx.seed)
+        with naming(name):
+            starts["fit"][name] = fit_parts(module.scheme, target, None, ctx.seed)
         module.drop_adapter()
         if name in latents:
             module.start_latent(target)

@@ -51,6 +51,7 @@ class QuantizeStage(Stage):
         from a1q.quant.embedding import QuantEmbedding
         from a1q.quant.linear import QuantLinear
         from a1q.quant.measure import error_by_group, relative_error, report_bits
+        from a1q.quant.module import naming
         from a1q.quant.statistics import measured_modules, read_statistics
         from a1q.quant.tied import swap_module
         from a1q.training.device import prepare_torch
@@ -68,10 +69,12 @@ class QuantizeStage(Stage):
         for step, (name, planned) in enumerate(changed.items(), 1):
             dense = model.get_submodule(name)
             assert planned.scheme is not None
-            h = statistics.get(name)
+            inputs = statistics.get(name)
             cls = QuantEmbedding if isinstance(dense, Embedding) else QuantLinear
-            module = cls.quantize(dense, planned.scheme, h, ctx.seed, keep_latent=planned.latent)
-            errors.append((owners.get(name, "rest"), *relative_error(dense.weight.detach(), module.dequantize(), h)))
+            with naming(name):
+                module = cls.quantize(dense, planned.scheme, inputs, ctx.seed, keep_latent=planned.latent)
+            error = relative_error(dense.weight.detach(), module.dequantize(), inputs)
+            errors.append((owners.get(name, "rest"), *error))
             swap_module(model, name, module)
             ctx.progress(step, len(changed))
         save_model(model, ctx.out, tokenizer_from=source.path)

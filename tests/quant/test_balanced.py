@@ -8,6 +8,7 @@ from torch.nn.functional import softplus
 
 from a1q.quant.build import make_scheme
 from a1q.quant.grid import round_fp16
+from a1q.quant.importance import Inputs
 from tests.quant.properties import check_stored_form
 
 GRANULARITIES = ("tensor", "channel")
@@ -99,7 +100,7 @@ def test_the_search_beats_the_percentile(granularity: str) -> None:
     errors = {}
     for fit in ("mse", "percentile"):
         scheme = scheme_of(2, granularity, fit)
-        found = scheme.dequantize(scheme.fit(weight, statistics, 0))
+        found = scheme.dequantize(scheme.fit(weight, Inputs(statistics), 0))
         errors[fit] = float(((weight - found).square() * statistics).sum())
     assert errors["mse"] < 0.9 * errors["percentile"]
     scheme = scheme_of(2, granularity, "percentile")

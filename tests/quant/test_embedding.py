@@ -123,12 +123,13 @@ def test_it_has_what_transformers_reads_of_an_embedding() -> None:
 
 def test_the_inputs_of_a_tied_head_count_half_in_the_fit() -> None:
     from a1q.quant.build import make_scheme
+    from a1q.quant.importance import Inputs
 
     table, heard = dense(), torch.rand(HIDDEN, generator=torch.Generator().manual_seed(0)) ** 3
-    expected = make_scheme(SPECS[3]).fit(table.weight, heard + heard.mean(), 0)
-    module = QuantEmbedding.quantize(table, SPECS[3], heard)
+    expected = make_scheme(SPECS[3]).fit(table.weight, Inputs(heard + heard.mean()), 0)
+    module = QuantEmbedding.quantize(table, SPECS[3], Inputs(heard))
     other = QuantEmbedding.quantize(table, SPECS[0])
-    other.refit(SPECS[3], table.weight, heard)
+    other.refit(SPECS[3], table.weight, Inputs(heard))
     for each in (module, other):
         assert all(torch.equal(part, expected[name]) for name, part in each.parts().items())
     assert not torch.equal(module.dequantize(), QuantEmbedding.quantize(table, SPECS[3]).dequantize())

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from a1q.engine.registry import load_registry
 from a1q.errors import StageError
 from a1q.quant.build import complete, make_scheme
+from a1q.quant.importance import Inputs
 from a1q.quant.scheme import Blockwise, Palettized
 from tests.quant.properties import said_by_hardware
 
@@ -161,7 +162,7 @@ def test_forms_are_one_function(spec) -> None:
 @each
 def test_same_seed_same_bits(spec) -> None:
     scheme, weight = make_scheme(spec), random_weight()
-    first, second = (scheme.fit(weight.clone(), torch.arange(24.0), 7) for _ in range(2))
+    first, second = (scheme.fit(weight.clone(), Inputs(torch.arange(24.0)), 7) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -171,7 +172,7 @@ def test_statistics_move_the_error_to_channels_that_matter_less(spec) -> None:
     statistics = torch.ones(64)
     statistics[:8] = 1000
     plain = scheme.dequantize(scheme.fit(weight, None, 0))
-    aware = scheme.dequantize(scheme.fit(weight, statistics, 0))
+    aware = scheme.dequantize(scheme.fit(weight, Inputs(statistics), 0))
     assert weighted(weight - aware, statistics) <= weighted(weight - plain, statistics)
 
 
@@ -183,7 +184,7 @@ def weighted(difference: torch.Tensor, statistics: torch.Tensor) -> float:
 def test_bad_statistics_are_refused(spec) -> None:
     for bad in (torch.ones(23), torch.full((24,), torch.nan), -torch.ones(24)):
         with pytest.raises(ValueError, match="24 finite values"):
-            make_scheme(spec).fit(random_weight(), bad, 0)
+            make_scheme(spec).fit(random_weight(), Inputs(bad), 0)
 
 
 @settings(max_examples=60, deadline=None)

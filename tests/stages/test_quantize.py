@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from a1q.quant.bits import bpw, bpw_model
 from a1q.quant.linear import quantized_modules
 from a1q.quant.statistics import write_statistics
 from tests.stages.quantizing import MLP4, plan, run, view_of
-from tests.tiny import tiny_folder
+from tests.tiny import tiny_folder, tiny_model
 
 UP = "model.layers.0.mlp.up_proj"
 
@@ -103,3 +104,17 @@ def test_statistics_change_the_fit_and_must_be_complete(tmp_path: Path, source: 
     write_statistics(tmp_path, {UP: values[UP]})
     with pytest.raises(StageError, match=r"no entry for model\.layers\.0\.mlp\.down_proj"):
         run("quantize", tmp_path / "c", {"model": source, "statistics": statistics}, options)
+
+
+def test_a_module_that_cannot_be_fitted_is_named(tmp_path: Path) -> None:
+    from a1q.models.checkpoint import save_model
+
+    model = tiny_model()
+    with torch.no_grad():
+        model.get_submodule(UP).weight[3, 5] = torch.nan
+    folder = tmp_path / "nan"
+    folder.mkdir()
+    save_model(model, folder, tokenizer_from=tiny_folder(tmp_path / "plain"))
+    broken = Artifact("model", folder, "n" * 64)
+    with pytest.raises(StageError, match=rf"{re.escape(UP)}: the weight holds values that are not finite"):
+        run("quantize", tmp_path / "out", {"model": broken}, {"rules": {"mlp": MLP4}})

@@ -19,6 +19,8 @@ from a1q.quant.scheme import Blockwise, Palettized, Scheme, Shape
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from a1q.quant.importance import Inputs
+
 BLOCKWISE_BITS = (4, 8)
 """The integer widths that Core ML keeps blockwise."""
 FEWEST_BITS = 2
@@ -84,14 +86,14 @@ class Affine(Scheme):
         names = ["scale"] if snapped else ["scale", "factor"]
         return dict.fromkeys(names if self.config.symmetric else [*names, "zero"], (shape[0], self.groups(shape)))
 
-    def fit(self, weight: Tensor, statistics: Tensor | None, seed: int) -> dict[str, Tensor]:
+    def fit(self, weight: Tensor, inputs: Inputs | None, seed: int) -> dict[str, Tensor]:
         import torch
 
         from a1q.quant.importance import importance_of
         from a1q.quant.uniform import range_scale, search_scale, search_scale_and_zero
 
         weight = weight.detach().float()
-        importance = importance_of(weight, statistics)
+        importance = importance_of(weight, inputs)
         blocks = weight.reshape(len(weight), self.groups((weight.shape[0], weight.shape[1])), -1)
         low, high = blocks.amin(-1).clamp_max(0), blocks.amax(-1).clamp_min(0)
         search, zero = self.config.fit == "mse", None

@@ -24,6 +24,8 @@ from a1q.quant.scheme import Palettized, Scheme, Shape
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from a1q.quant.importance import Inputs
+
 LEAST_FACTOR = 1e-8
 PUBLISHED_CLIP = 0.995
 """Quantile of |W| at which the published start clips."""
@@ -71,14 +73,14 @@ class Balanced(Scheme):
             return {"p": (count,), "peak": (count,)}
         return {"lut": (2**self.config.bits,)} if self.per_tensor else {"scale": (shape[0],)}
 
-    def fit(self, weight: Tensor, statistics: Tensor | None, seed: int) -> dict[str, Tensor]:
+    def fit(self, weight: Tensor, inputs: Inputs | None, seed: int) -> dict[str, Tensor]:
         import torch
 
         from a1q.quant.importance import importance_of
         from a1q.quant.uniform import search_scale
 
         weight = weight.detach().float()
-        importance = importance_of(weight, statistics)
+        importance = importance_of(weight, inputs)
         rows = weight.reshape(1, -1) if self.per_tensor else weight
         peak = rows.abs().amax(1)
         if self.config.fit == "percentile":

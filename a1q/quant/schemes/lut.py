@@ -14,6 +14,8 @@ from a1q.quant.scheme import Palettized, Scheme, Shape
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from a1q.quant.importance import Inputs
+
 
 @dataclass(frozen=True)
 class LutConfig:
@@ -62,12 +64,12 @@ class Lut(Scheme):
     def part_shapes(self, shape: Shape, snapped: bool = False) -> dict[str, tuple[int, ...]]:
         return {"lut": (self.tables(shape), 2**self.config.bits)}
 
-    def fit(self, weight: Tensor, statistics: Tensor | None, seed: int) -> dict[str, Tensor]:
+    def fit(self, weight: Tensor, inputs: Inputs | None, seed: int) -> dict[str, Tensor]:
         from a1q.quant.importance import importance_of
         from a1q.quant.kmeans import lloyd, quantile_start
 
         weight = weight.detach().float()
-        use = importance_of(weight, statistics).expand_as(weight)
+        use = importance_of(weight, inputs).expand_as(weight)
         count = self.tables((weight.shape[0], weight.shape[1]))
         start = quantile_start(weight.reshape(count, -1), 2**self.config.bits)
         parts = {"lut": lloyd(weight, use, start, self.config.rounds)}

@@ -18,6 +18,8 @@ from a1q.quant.scheme import Palettized, Scheme, Shape
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from a1q.quant.importance import Inputs
+
 SCALES = ("a", "g", "b")
 
 
@@ -68,7 +70,7 @@ class LutLowrank(Scheme):
             shapes |= {"g": (rank,), "gain": (shape[0],)}
         return {**shapes, "b": (rank, shape[1])}
 
-    def fit(self, weight: Tensor, statistics: Tensor | None, seed: int) -> dict[str, Tensor]:
+    def fit(self, weight: Tensor, inputs: Inputs | None, seed: int) -> dict[str, Tensor]:
         from a1q.quant import lowrank
         from a1q.quant.importance import importance_of
 
@@ -78,7 +80,7 @@ class LutLowrank(Scheme):
             fit = lowrank.absmax_svd(weight, config.bits, config.rank, config.group_size)
             gain = weight.new_ones(len(weight))
         else:
-            importance = importance_of(weight, statistics)
+            importance = importance_of(weight, inputs)
             fit = lowrank.als(weight, importance, config.bits, config.rank, config.lut == "learned", config.rounds)
             gain = lowrank.unit_gain(fit, weight, importance)
             fit.a = fit.a * gain[:, None]
