@@ -12,7 +12,7 @@ from a1q.quant.bits import bpw, bpw_model
 from a1q.quant.linear import quantized_modules
 from a1q.quant.statistics import write_statistics
 from tests.stages.quantizing import MLP4, plan, run, view_of
-from tests.tiny import tiny_folder, tiny_model
+from tests.tiny import tiny_folder
 
 UP = "model.layers.0.mlp.up_proj"
 
@@ -107,14 +107,11 @@ def test_statistics_change_the_fit_and_must_be_complete(tmp_path: Path, source: 
 
 
 def test_a_module_that_cannot_be_fitted_is_named(tmp_path: Path) -> None:
-    from a1q.models.checkpoint import save_model
-
-    model = tiny_model()
+    folder = tiny_folder(tmp_path / "nan")
+    model = load_model(folder)
     with torch.no_grad():
         model.get_submodule(UP).weight[3, 5] = torch.nan
-    folder = tmp_path / "nan"
-    folder.mkdir()
-    save_model(model, folder, tokenizer_from=tiny_folder(tmp_path / "plain"))
+    model.save_pretrained(folder)
     broken = Artifact("model", folder, "n" * 64)
     with pytest.raises(StageError, match=rf"{re.escape(UP)}: the weight holds values that are not finite"):
         run("quantize", tmp_path / "out", {"model": broken}, {"rules": {"mlp": MLP4}})
