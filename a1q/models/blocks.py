@@ -1,0 +1,114 @@
+"""A decoder run block by block: what is between two of its layers, for all sequences, and nothing else of the model's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from a1q.errors import StageError
+
+if TYPE_CHECKING:
+    from numpy import ndarray
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+"""What a block takes beside the hidden states: positional ones, named ones."""
+
+
+class BlockStream:
+    """The hidden states at one boundary of the decoder layers of a causal language model, batch by batch.
+
+    They start as the input of the first layer. Memory holds those of all sequences once, on the CPU and in the type the
+    model computes in, and the activations of one layer for one batch. Layers may change in place between runs; other
+    parts of the model give what they gave when the stream was made.
+    """
+
+    names: list[str]
+    """Module names of the decoder layers, in the order they run."""
+    hidden: list[Tensor]
+    """Per batch [b, L, hidden]: the input of the next layer."""
+
+    def __init__(self, model: Any, tokens: ndarray, batch_size: int):
+        """Run the model over `tokens` (integers [n, L]) up to its first layer.
+
+        Raises:
+            StageError: if the model has no list of decoder layers.
+        """
+        self._decoder = model.base_model
+        self.names, self._blocks = _decoder_layers(model)
+        self.device = next(model.parameters()).device
+        starts = range(0, len(tokens), batch_size)
+        self._ids = [torch.from_numpy(tokens[start : start + batch_size].astype("int64")) for start in starts]
+        self._arguments: dict[int, list[Arguments]] = {}
+        self.hidden = [self._enter(ids) for ids in self._ids]
+
+    def run(self, index: int, hidden: Tensor, number: int) -> Tensor:
+        """The output [b, L, hidden] of layer `index` for `hidden` in the place of batch `number`; differentiable."""
+        positional, named = self._arguments[len(self._ids[number])][index]
+        return _states(self._blocks[index](hidden.to(self.device), *positional, **named))
+
+    def advance(self, index: int, progress: Callable[[int], None] = lambda done: None) -> None:
+        """Put the output of layer `index` in the place of its input, `hidden`.
+
+        Args:
+            progress: called with the number of batches done.
+        """
+        with torch.no_grad():
+            for number, hidden in enumerate(self.hidden):
+                self.hidden[number] = self.run(index, hidden, number).cpu()
+                progress(number + 1)
+
+    def leave(self, number: int) -> Tensor:
+        """What the head takes [b, L, hidden] when `hidden` of batch `number` has passed the last layer."""
+        states = self.hidden[number].to(self.device)
+        with torch.no_grad(), _replaced(self._blocks, lambda _index, _hidden, _rest, _named: states):
+            return self._decoder(input_ids=self._ids[number].to(self.device), use_cache=False).last_hidden_state
+
+    def _enter(self, ids: Tensor) -> Tensor:
+        """The input of the first layer; what layers take beside it is kept, once per size of a batch."""
+        first: list[Tensor] = []
+        arguments: list[Arguments] = []
+
+        def keep(index: int, hidden: Tensor, rest: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
+            if index == 0:
+                first.append(hidden)
+            arguments.append((rest, named))
+            return hidden
+
+        with torch.no_grad(), _replaced(self._blocks, keep):
+            self._decoder(input_ids=ids.to(self.device), use_cache=False)
+        self._arguments.setdefault(len(ids), arguments)
+        return first[0].cpu()
+
+
+def _decoder_layers(model: Any) -> tuple[list[str], list[nn.Module]]:
+    """Names and modules of the decoder layers: the first list of as many modules as the config says."""
+    count = model.config.num_hidden_layers
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return [f"{name}.{index}" for index in range(count)], list(module)
+    raise StageError(f"{type(model).__name__} has no list of {count} decoder layers")
+
+
+@contextmanager
+def _replaced(blocks: list[nn.Module], stand_in: Callable[..., Tensor]) -> Iterator[None]:
+    """Let `stand_in(index, hidden, rest, named)` answer for the blocks."""
+    for index, block in enumerate(blocks):
+
+        def answer(hidden: Tensor, *rest: Any, _index: int = index, **named: Any) -> Tensor:
+            return stand_in(_index, hidden, rest, named)
+
+        block.forward = answer  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
+
+
+def _states(output: Any) -> Tensor:
+    """The hidden states in what a layer returns, in some families the first of several things."""
+    return output[0] if isinstance(output, tuple) else output
