@@ -10,7 +10,7 @@ import json
 import math
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,8 @@ class ModuleView:
     """Rank of an unmerged adapter; 0 for none."""
     latent: bool = False
     """Whether the file also holds the weight from which the indices are derived (float32)."""
+    alternatives: tuple[Mapping[str, Any], ...] = ()
+    """While planning: the other complete schemes that `allocate` may choose instead of `scheme`, its largest."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,18 @@ class ModelView:
     def replace(self, changed: Mapping[str, ModuleView]) -> ModelView:
         """The same model with some modules in another state."""
         return dataclasses.replace(self, modules={**self.modules, **changed})
+
+    def variants(self) -> Iterator[ModelView]:
+        """This view, then views in which every alternative of every module appears: as many as the longest list."""
+        yield self
+        for index in range(max((len(module.alternatives) for module in self.modules.values()), default=0)):
+            yield self.replace(
+                {
+                    name: dataclasses.replace(module, scheme=module.alternatives[index])
+                    for name, module in self.modules.items()
+                    if index < len(module.alternatives)
+                }
+            )
 
     @property
     def tied(self) -> bool:

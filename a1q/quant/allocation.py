@@ -1,15 +1,18 @@
 """Choose one way for every module so that the model fits a budget and loses as little as possible.
 
 The multiple-choice knapsack problem: of the choices of each module, (bits, loss), take one, so that the bits sum to
-at most the budget and the losses to the least. Losses add up because KL divergences of small, separate errors do. Bits
-are counted in a common unit and the problem is solved by dynamic programming over the budget (Dudzinski and Walukiewicz,
-"Exact methods for the knapsack problem and its generalizations", 1987), which is exact where the unit divides all sizes. The
-linear relaxation, solved on the lower convex hulls of the choices (Zemel, "An O(n) algorithm for the linear multiple
-choice knapsack problem and related problems", 1984), says what no choice can beat, so that a result comes with its distance from the best.
+at most the budget and the losses to the least. Losses add up because KL divergences of small, separate errors do.
+
+Bits are counted in a common unit, and dynamic programming over the budget (Dudzinski and Walukiewicz, "Exact methods
+for the knapsack problem and its generalizations", 1987) is exact where the unit divides all sizes. The linear
+relaxation, solved on the lower convex hulls of the choices (Zemel, "An O(n) algorithm for the linear multiple choice
+knapsack problem and related problems", 1984), is a loss that no choice can beat, so a result comes with its distance
+from the best.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -145,7 +148,7 @@ def _relaxed(modules: Sequence[Sequence[Choice]], fronts: Sequence[list[int]], b
         hull = _hull([choices[index] for index in front])
         left -= hull[0].bits
         losses.append(hull[0].loss)
-        for low, high in zip(hull, hull[1:], strict=False):
+        for low, high in itertools.pairwise(hull):
             gain, bits = low.loss - high.loss, high.bits - low.bits
             steps.append((gain / bits, bits, gain))
     for rate, bits, gain in sorted(steps, reverse=True):

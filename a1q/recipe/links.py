@@ -78,7 +78,7 @@ def link_inputs(
             problem = _check(written, spec["kind"], path, around)
             inputs[name] = None if problem else written
             findings += [problem] if problem else []
-        elif isinstance(written, Mapping):
+        elif isinstance(written, Mapping) and spec["kind"] == "model":
             inputs[name] = written
         else:
             inputs[name], missing = _default(name, spec, around)

@@ -201,9 +201,9 @@ def _modules(group: Group, views: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _schemes_in(views: list[Any]) -> set[tuple[str, str]]:
-    """The schemes of all modules in these views."""
-    models = [view for view in views if isinstance(view, ModelView)]
-    return {("schemes", item.scheme["scheme"]) for view in models for item in view.modules.values() if item.scheme}
+    """The schemes that modules in these views have or may get."""
+    modules = [item for view in views if isinstance(view, ModelView) for item in view.modules.values()]
+    return {("schemes", spec["scheme"]) for item in modules for spec in (item.scheme, *item.alternatives) if spec}
 
 
 def _ordered(problems: list[Problem]) -> list[Problem]:

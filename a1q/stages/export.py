@@ -35,7 +35,8 @@ class ExportStage(Stage):
         """Refuse what the exporter can't take, before hours of training."""
         exporter = active_registry().get("exporters", ctx.config.format)()
         view = ctx.views["model"]
-        refusals = exporter.refusals(view, ctx.config.options)
+        found = [text for variant in view.variants() for text in exporter.refusals(variant, ctx.config.options)]
+        refusals = list(dict.fromkeys(found))
         for refusal in refusals:
             ctx.mismatch("format", refusal)
         if refusals:

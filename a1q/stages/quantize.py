@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,13 +12,15 @@ from a1q.engine.stage import Outcome, PlanContext, Stage, StageContext
 from a1q.models.view import DENSE, ModelView, ModuleView
 from a1q.quant.bits import disk_bytes
 from a1q.quant.planning import fit_memory, notes, planned_modules
+from a1q.quant.rules import Rule, read_rules
 
 
 @dataclass(frozen=True)
 class QuantizeConfig:
     """Options of `quantize`."""
 
-    rules: Mapping[str, Mapping[str, Any]]
+    rules: Mapping[str, Mapping[str, Any]] | str
+    """Group -> scheme, or the id of an `allocate` stage."""
     rest: Any
     """`keep`, `error`, or a scheme mapping."""
     statistics: str | None
@@ -32,14 +35,17 @@ class QuantizeStage(Stage):
     def plan(self, ctx: PlanContext) -> Outcome:
         """Resolve the rules; quantized modules and shapes a scheme can't take are problems."""
         view: ModelView = ctx.views["model"]
-        owners = resolve_rules(ctx, ctx.config.rules, "rules", view)
-        changed = _planned(ctx, view, owners)
+        rules = _rules(ctx, view)
+        changed = _planned(ctx, view, rules)
+        owners = {name: rule.group for name, rule in rules.items()}
         result = view.replace(changed)
+        undecided = any(module.alternatives for module in changed.values())
+        lines = (f"{ctx.config.rules!r} chooses; here is each module at its largest:",) if undecided else ()
         return Outcome(
             view=result,
             disk_bytes=disk_bytes(result),
             memory_bytes=fit_memory(result, changed),
-            notes=notes(result, changed, owners) if changed else (),
+            notes=(*lines, *notes(result, changed, owners)) if changed else (),
         )
 
     def run(self, ctx: StageContext) -> None:
@@ -60,9 +66,11 @@ class QuantizeStage(Stage):
         assert source is not None
         device = prepare_torch(ctx.runtime, ctx.seed)
         view = read_view(source.path)
-        plan = PlanContext(ctx.id, ctx.config, {"model": view}, ctx.groups, ctx.data, lambda *_: None)
-        owners = resolve_rules(plan, ctx.config.rules, "rules", view)
-        changed = _planned(plan, view, owners)
+        chosen = ctx.inputs.get("rules")
+        views = {"model": view, "rules": chosen and read_rules(chosen)}
+        plan = PlanContext(ctx.id, ctx.config, views, ctx.groups, ctx.data, lambda *_: None)
+        rules = _rules(plan, view)
+        changed = _planned(plan, view, rules)
         statistics = read_statistics(ctx.inputs["statistics"], measured_modules(view, changed))
         model = load_model(source.path, device=device)
         errors = []
@@ -74,34 +82,48 @@ class QuantizeStage(Stage):
             with naming(name):
                 module = cls.quantize(dense, planned.scheme, inputs, ctx.seed, keep_latent=planned.latent)
             error = relative_error(dense.weight.detach(), module.dequantize(), inputs)
-            errors.append((owners.get(name, "rest"), *error))
+            errors.append((rules[name].group if name in rules else "rest", *error))
             swap_module(model, name, module)
             ctx.progress(step, len(changed))
         save_model(model, ctx.out, tokenizer_from=source.path)
         ctx.metrics.update(modules=len(changed), error=error_by_group(errors), **report_bits(ctx.out))
 
 
-def _planned(ctx: PlanContext, view: ModelView, owners: Mapping[str, str]) -> dict[str, ModuleView]:
+def _rules(ctx: PlanContext, view: ModelView) -> dict[str, Rule]:
+    """The rule of every module that has one, in model order: the recipe's, or those an `allocate` stage chose."""
+    chosen: Mapping[str, Rule] | None = ctx.views.get("rules")
+    if chosen is None:
+        owners = resolve_rules(ctx, ctx.config.rules, "rules", view)
+        return {name: Rule(group, (ctx.config.rules[group],)) for name, group in owners.items()}
+    if missing := [name for name in chosen if name not in view.modules]:
+        named = ", ".join(summarize(missing))
+        ctx.mismatch("rules", f"{ctx.config.rules!r} chose for {len(missing)} modules that this model lacks", named)
+    return {name: chosen[name] for name in view.modules if name in chosen}
+
+
+def _planned(ctx: PlanContext, view: ModelView, rules: Mapping[str, Rule]) -> dict[str, ModuleView]:
     """The modules that will be quantized, as they will be, in model order; problems go to `ctx`."""
     config: QuantizeConfig = ctx.config
     keep = config.latent == "keep"
     changed: dict[str, ModuleView] = {}
-    for group in dict.fromkeys(owners.values()):
-        modules = [view.modules[name] for name, owner in owners.items() if owner == group]
+    for group in dict.fromkeys(rule.group for rule in rules.values()):
+        path = "rules" if isinstance(config.rules, str) else f"rules.{group}"
+        modules = [view.modules[name] for name, rule in rules.items() if rule.group == group]
         taken = [module.name for module in modules if module.state != DENSE]
         if taken:
             ctx.recipe_problem(
-                f"rules.{group}",
+                path,
                 f"{len(taken)} modules are already {view.modules[taken[0]].state}: {', '.join(summarize(taken))}",
                 "`quantize` takes dense modules; `convert` changes the scheme of quantized ones",
             )
         else:
-            wanted = [(module, config.rules[group], keep) for module in modules]
-            changed |= planned_modules(ctx, f"rules.{group}", wanted)
+            wanted = [(module, rules[module.name].schemes[0], keep) for module in modules]
+            for name, planned in planned_modules(ctx, path, wanted).items():
+                changed[name] = dataclasses.replace(planned, alternatives=rules[name].schemes[1:])
     rest = [
         module
         for name, module in view.modules.items()
-        if name not in owners and module.state == DENSE and module.kind == "linear"
+        if name not in rules and module.state == DENSE and module.kind == "linear"
     ]
     if config.rest == "error" and rest:
         named = ", ".join(summarize(module.name for module in rest))
