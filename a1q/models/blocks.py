@@ -1,4 +1,4 @@
-"""A decoder run block by block: what is between two of its layers, for all sequences, and nothing else of the model's."""
+"""A decoder run block by block: the hidden states between two of its layers, and nothing else of what it computes."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ class BlockStream:
         Raises:
             StageError: if the model has no list of decoder layers.
         """
+        self._model = model
         self._decoder = model.base_model
         self.names, self._blocks = _decoder_layers(model)
         self.device = next(model.parameters()).device
@@ -66,6 +67,12 @@ class BlockStream:
         states = self.hidden[number].to(self.device)
         with torch.no_grad(), _replaced(self._blocks, lambda _index, _hidden, _rest, _named: states):
             return self._decoder(input_ids=self._ids[number].to(self.device), use_cache=False).last_hidden_state
+
+    def logits(self, hidden: Tensor, number: int) -> Tensor:
+        """The model's logits [b, L, V] where `hidden` of batch `number` has passed the last layer; for inference."""
+        states = hidden.to(self.device)
+        with torch.inference_mode(), _replaced(self._blocks, lambda _index, _hidden, _rest, _named: states):
+            return self._model(input_ids=self._ids[number].to(self.device), use_cache=False).logits
 
     def _enter(self, ids: Tensor) -> Tensor:
         """The input of the first layer; what layers take beside it is kept, once per size of a batch."""

@@ -35,13 +35,18 @@ def bpw(view: ModelView) -> float:
 
 def bpw_model(view: ModelView) -> float:
     """Bits per parameter over the whole model, unquantized parameters at 16 bits, tied ones counted once."""
+    return model_bits(view) / view.parameters
+
+
+def model_bits(view: ModelView) -> int:
+    """Bits of every parameter of the model, in the states it is shipped in."""
     dense = view.parameters
     bits = 0
     for module in view.modules.values():
         if module.state != DENSE or module.adapter:
             dense -= module.shape[0] * module.shape[1]
             bits += module_bits(module)
-    return (bits + FLOAT_BITS * dense) / view.parameters
+    return bits + FLOAT_BITS * dense
 
 
 def disk_bytes(view: ModelView) -> int:

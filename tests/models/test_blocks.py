@@ -31,6 +31,14 @@ def test_all_blocks_give_what_the_model_gives(family: str) -> None:
     assert not any("forward" in vars(module) for module in model.modules())
 
 
+def test_logits_of_other_states_are_the_models_with_its_own_head() -> None:
+    model = tiny_model()
+    stream = BlockStream(model, TOKENS, 3)
+    states = torch.randn(2, 24, 64)
+    with torch.no_grad():
+        assert torch.equal(stream.logits(states, 1), model.lm_head(model.model.norm(states)))
+
+
 def test_the_states_between_are_those_of_the_model() -> None:
     model = tiny_family("gemma3_text")
     with torch.no_grad():
