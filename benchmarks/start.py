@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import copy
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from benchmarks.common import print_table, save
@@ -56,14 +58,15 @@ def main(source: str = "builtin:pico", side: str = "test") -> None:
     from a1q.distill.evaluate import evaluate_model
     from a1q.models.checkpoint import load_model
     from a1q.models.source import resolve_source
+    from a1q.quant.calibration import measure_statistics
     from a1q.quant.importance import Inputs
-    from a1q.quant.statistics import collect_statistics
 
     folder = resolve_source(source, None).path
     model = load_model(folder)
     test = token_sequences(TEXT, folder, side, LENGTH, None, seed=0)[:TEST]
     sample = token_sequences(TEXT, folder, "train", LENGTH, CALIBRATION, seed=0)
-    statistics = collect_statistics(model, sample, batch_size=8, progress=lambda done, total: None)
+    with tempfile.TemporaryDirectory() as scratch:
+        statistics = measure_statistics(model, sample, Path(scratch), batch_size=8, gram=False)
     inputs = {name: Inputs(square) for name, square in statistics.items()}
     rows: list[dict[str, Any]] = []
     for bits in (2, 4):

@@ -108,7 +108,7 @@ def _replaced(blocks: list[nn.Module], stand_in: Callable[..., Tensor]) -> Itera
         def answer(hidden: Tensor, *rest: Any, _index: int = index, **named: Any) -> Tensor:
             return stand_in(_index, hidden, rest, named)
 
-        block.forward = answer  # type: ignore[method-assign]
+        block.forward = answer
     try:
         yield
     finally:

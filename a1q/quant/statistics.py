@@ -1,12 +1,18 @@
-"""E[x²] per input channel: measured, and kept in `statistics.safetensors` (name -> float32 [in]).
+"""What `calibrate` measured: files, their writer, and the reader that gives a fit its `Inputs`.
 
-Of every linear. The inputs of a tied head stand under the name of the embedding, whose weight they multiply; a look-up
-alone has no inputs to measure, so an embedding without a tied head has no entry.
+    statistics.safetensors     name -> E[x²], float32 [in], of every linear
+    gram-00003.safetensors     name -> E[x xᵀ], float32 [in, in], of decoder layer 3; gram-head.safetensors: of the head
+    tokens.safetensors         tokens, int32 [n, L]: the text itself
+
+Modules with one input have one matrix; the header of `statistics.safetensors` says where each module's lies. What a
+tied head takes stands under the name of the embedding, whose weight it meets. A look-up alone has nothing to measure.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import json
+from collections.abc import Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,98 +22,145 @@ from a1q.models.view import ModelView
 
 if TYPE_CHECKING:
     from numpy import ndarray
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from a1q.quant.importance import Inputs
 
-FILE = "statistics.safetensors"
+FILE, TOKENS = "statistics.safetensors", "tokens.safetensors"
 
 
-def collect_statistics(
-    model: nn.Module, tokens: ndarray, *, batch_size: int, progress: Callable[[int, int], None]
-) -> dict[str, Tensor]:
-    """E[x²] over all positions of `tokens` (integers [n, L]), float64 [in], by the name of the weight it multiplies.
-
-    Sums are kept in float64, so they do not depend on the batch size beyond the model's own rounding.
+class Statistics:
+    """A folder of statistics; E[x xᵀ] is read from disk when asked for.
 
     Raises:
-        StageError: if an activation is not finite; it names the module.
+        StageError: wherever a file is missing or damaged; it names it.
     """
-    import torch
-    from torch import nn
 
-    from a1q.quant.tied import TiedHead
+    square: Mapping[str, Tensor]
+    """Name -> E[x²], float32 [in]."""
 
-    device = next(model.parameters()).device
-    exact = torch.device("cpu") if device.type == "mps" else device  # Metal has no float64
-    embeddings: dict[int, str] = {}
-    sums: dict[str, Tensor] = {}
-    hooks = []
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.square, header = _load(folder / FILE)
+        try:
+            facts = json.loads(header["a1q"])
+            self._grams: dict[str, tuple[str, str]] = {
+                name: (file, key) for name, (file, key) in facts["grams"].items()
+            }
+            self.embedding, self.vocabulary = str(facts["embedding"]), int(facts["vocabulary"])
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise StageError(f"{folder / FILE} is damaged: its header says nothing of the modules") from None
 
-    def listen(name: str, module: nn.Module, columns: int) -> None:
-        sums[name] = torch.zeros(columns, dtype=torch.float64, device=exact)
+    @cached_property
+    def tokens(self) -> ndarray:
+        """The text that was measured, int32 [n, L]."""
+        found, _ = _load(self.folder / TOKENS)
+        if "tokens" not in found or found["tokens"].dim() != 2:
+            raise StageError(f"{self.folder / TOKENS} is damaged: it holds no table of tokens")
+        return found["tokens"].numpy()
 
-        def add(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-            x = inputs[0].detach().reshape(-1, columns).to(exact, torch.float64)
-            sums[name] += x.square().sum(0)
+    @cached_property
+    def counts(self) -> Tensor:
+        """How often each token occurs in the text, int64 [vocabulary]."""
+        import torch
 
-        hooks.append(module.register_forward_pre_hook(add))
+        ids = torch.from_numpy(self.tokens).flatten().long()
+        if int(ids.min()) < 0 or int(ids.max()) >= self.vocabulary:
+            raise StageError(f"{self.folder / TOKENS} is damaged: it holds ids beyond 0 to {self.vocabulary - 1}")
+        return torch.bincount(ids, minlength=self.vocabulary)
 
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding):
-            embeddings[id(module._parameters.get("weight", module))] = name
-        elif isinstance(module, nn.Linear):
-            listen(embeddings.get(id(module._parameters.get("weight")), name), module, module.in_features)
-        elif isinstance(module, TiedHead):
-            listen(embeddings[id(module.source)], module, module.source.shape[1])
-    try:
-        with torch.inference_mode():
-            for first in range(0, len(tokens), batch_size):
-                ids = torch.from_numpy(tokens[first : first + batch_size].astype("int64")).to(device)
-                model(input_ids=ids, use_cache=False)
-                progress(min(first + batch_size, len(tokens)), len(tokens))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    for name, total in sums.items():
-        if not bool(torch.isfinite(total).all()):
-            raise StageError(f"the inputs of {name} are not finite")
-    return {name: total / tokens.size for name, total in sums.items()}
+    def inputs(self, name: str) -> Inputs | None:
+        """What the weight of module `name` is multiplied with; None for a module that was not measured."""
+        from a1q.quant.importance import Inputs
+
+        if name not in self.square:
+            return None
+        return Inputs(self.square[name], self._gram(name))
+
+    def _gram(self, name: str) -> Tensor | None:
+        from safetensors import SafetensorError, safe_open
+
+        if name not in self._grams:
+            return None
+        file, key = self._grams[name]
+        try:
+            with safe_open(self.folder / file, framework="pt") as handle:
+                return handle.get_tensor(key)
+        except (OSError, SafetensorError) as error:
+            raise StageError(f"{self.folder / file} can't be read: {error}") from None
 
 
-def write_statistics(folder: Path, values: Mapping[str, Tensor]) -> None:
-    """Write module name -> E[x²] [in]."""
-    import torch
-    from safetensors.torch import save_file
+def read_statistics(artifact: Artifact | None, modules: Iterable[str]) -> Statistics | None:
+    """The statistics of `modules`; None without an artifact.
 
-    save_file({name: value.to("cpu", torch.float32).contiguous() for name, value in values.items()}, folder / FILE)
+    Raises:
+        StageError: if the file is damaged or has no entry for a module; it names them.
+    """
+    if artifact is None:
+        return None
+    found = Statistics(artifact.path)
+    missing = [name for name in modules if name not in found.square]
+    if missing:
+        raise StageError(f"the statistics have no entry for {', '.join(missing[:8])}")
+    return found
 
 
 def measured_modules(view: ModelView, names: Iterable[str]) -> list[str]:
-    """Those of `names` that `collect_statistics` measures: linears, and the embedding that is also the head."""
+    """Those of `names` that `calibrate` measures: linears, and the embedding that is also the head."""
     vocabulary = view.config.get("vocab_size") if view.tied else None
     modules = [view.modules[name] for name in names]
     return [item.name for item in modules if item.kind == "linear" or item.shape[0] == vocabulary]
 
 
-def read_statistics(artifact: Artifact | None, modules: Iterable[str]) -> dict[str, Inputs]:
-    """The inputs of each of `modules`; nothing without an artifact.
+def write_gram(folder: Path, part: str, grams: Mapping[str, Tensor]) -> str:
+    """Write E[x xᵀ] [in, in] of one decoder layer, or of the head, by name; return the name of the file."""
+    file = f"gram-{part}.safetensors"
+    _save(grams, folder / file)
+    return file
 
-    Raises:
-        StageError: if the file is damaged or has no entry for a module; it names them.
+
+def write_statistics(
+    folder: Path,
+    square: Mapping[str, Tensor],
+    tokens: ndarray,
+    *,
+    embedding: str,
+    vocabulary: int,
+    grams: Mapping[str, tuple[str, str]] | None = None,
+) -> None:
+    """Write all but the files of `write_gram`.
+
+    Args:
+        square: name -> E[x²] [in].
+        tokens: integers [n, L].
+        embedding: the name of the embedding, which has `vocabulary` rows.
+        grams: name -> (file, name in that file) of its E[x xᵀ].
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    import torch
 
-    from a1q.quant.importance import Inputs
+    _save({"tokens": torch.from_numpy(tokens.astype("int32"))}, folder / TOKENS)
+    facts = {"embedding": embedding, "vocabulary": vocabulary, "grams": dict(grams or {})}
+    _save(square, folder / FILE, {"a1q": json.dumps(facts, sort_keys=True)})
 
-    if artifact is None:
-        return {}
+
+def _save(tensors: Mapping[str, Tensor], path: Path, header: Mapping[str, str] | None = None) -> None:
+    """Write tensors, those of floating point as float32."""
+    import torch
+    from safetensors.torch import save_file
+
+    stored = {
+        name: tensor.to("cpu", torch.float32 if tensor.is_floating_point() else None).contiguous()
+        for name, tensor in tensors.items()
+    }
+    save_file(stored, path, metadata=dict(header or {}))
+
+
+def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a small file and its header."""
+    from safetensors import SafetensorError, safe_open
+
     try:
-        found = load_file(artifact.path / FILE)
+        with safe_open(path, framework="pt") as handle:
+            return {name: handle.get_tensor(name) for name in handle.keys()}, handle.metadata() or {}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise StageError(f"{artifact.path / FILE} can't be read: {error}") from None
-    missing = [name for name in modules if name not in found]
-    if missing:
-        raise StageError(f"the statistics have no entry for {', '.join(missing[:8])}")
-    return {name: Inputs(square) for name, square in found.items()}
+        raise StageError(f"{path} can't be read: {error}") from None

@@ -80,7 +80,8 @@ class ConvertStage(Stage):
             ctx.metrics["kl_before"] = measure(model)
         before, after = [], []
         for step, (name, planned) in enumerate(changed.items(), 1):
-            module, inputs = modules[name], statistics.get(name)
+            module = modules[name]
+            inputs = statistics.inputs(name) if statistics else None
             target = _target(module, ctx.config.target)
             present = module.dequantize() + module.adapter_delta()
             before.append((owners[name], *relative_error(target, present, inputs)))

@@ -77,7 +77,7 @@ class QuantizeStage(Stage):
         for step, (name, planned) in enumerate(changed.items(), 1):
             dense = model.get_submodule(name)
             assert planned.scheme is not None
-            inputs = statistics.get(name)
+            inputs = statistics.inputs(name) if statistics else None
             cls = QuantEmbedding if isinstance(dense, Embedding) else QuantLinear
             with naming(name):
                 module = cls.quantize(dense, planned.scheme, inputs, ctx.seed, keep_latent=planned.latent)

@@ -1,21 +1,21 @@
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from a1q.engine.artifact import Artifact
 from a1q.engine.stage import DataEntry
 from a1q.errors import StageError
 from a1q.models.checkpoint import load_model
-from a1q.quant.statistics import collect_statistics, read_statistics
+from a1q.quant.statistics import Statistics, read_statistics
 from tests.stages.quantizing import MLP4, plan, run, view_of
-from tests.tiny import TEXT, tiny_folder, tiny_model
+from tests.tiny import TEXT, tiny_folder
 
-Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
-TOKENS = np.random.default_rng(0).integers(320, size=(5, 12)).astype(np.int32)
+OPTIONS = {"data": "text", "sequences": 6, "batch": 4}
 
 
 @pytest.fixture(scope="module")
@@ -32,74 +32,71 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> dict[str, DataEntry]:
     return {"text": DataEntry("text", config, "t" * 64)}
 
 
-def test_against_the_mean_square_in_float64() -> None:
-    model = tiny_model().double()
-    seen: dict[str, list[torch.Tensor]] = {Q: [], DOWN: []}
-    hooks = [
-        model.get_submodule(name).register_forward_pre_hook(lambda _, inputs, name=name: seen[name].append(inputs[0]))
-        for name in seen
-    ]
-    with torch.no_grad():
-        model(torch.from_numpy(TOKENS).long())
-    for hook in hooks:
-        hook.remove()
-    found = collect_statistics(model, TOKENS, batch_size=2, progress=lambda done, total: None)
-    for name, (inputs,) in seen.items():
-        expected = inputs.reshape(-1, inputs.shape[-1]).square().mean(0)
-        torch.testing.assert_close(found[name], expected, rtol=1e-9, atol=1e-15)
-    assert len(found) == 15  # the tied head stands under the embedding's name
+def data_bytes(folder: Path) -> int:
+    """Bytes of all tensors, without the headers."""
+    files = list(folder.glob("*.safetensors"))
+    return sum(file.stat().st_size - 8 - int.from_bytes(file.read_bytes()[:8], "little") for file in files)
 
 
-def test_hooks_are_gone_and_bad_activations_are_named() -> None:
-    model = tiny_model()
-    collect_statistics(model, TOKENS, batch_size=5, progress=lambda done, total: None)
-    assert not any(module._forward_pre_hooks for module in model.modules())
-    with torch.no_grad():
-        model.model.layers[1].input_layernorm.weight[0] = torch.inf
-    with pytest.raises(StageError, match=r"layers\.1\.self_attn\.q_proj are not finite"):
-        collect_statistics(model, TOKENS, batch_size=5, progress=lambda done, total: None)
-
-
-def test_stage_writes_every_linear_of_the_view(tmp_path: Path, source: Artifact, text: dict[str, DataEntry]) -> None:
-    options = {"data": "text", "sequences": 6, "batch": 4}
+@pytest.mark.parametrize("gram", [True, False])
+def test_what_is_written_was_planned(tmp_path: Path, source: Artifact, text: dict[str, DataEntry], gram: bool) -> None:
+    options = {**OPTIONS, "gram": gram}
     outcome, problems = plan("calibrate", {"model": view_of(source)}, options, text)
     assert problems == []
     made, ctx = run("calibrate", tmp_path, {"model": source}, options, text)
-    values = load_file(made.path / "statistics.safetensors")
-    assert sorted(values) == sorted(outcome.view["modules"])
-    assert all(value.dtype == torch.float32 and bool((value > 0).all()) for value in values.values())
-    assert outcome.disk_bytes == sum(4 * value.numel() for value in values.values())
-    assert ctx.meta["tokens"] == 96
-    again, _ = run("calibrate", tmp_path, {"model": source}, options, text)
-    assert (again.path / "statistics.safetensors").read_bytes() == (made.path / "statistics.safetensors").read_bytes()
+    found = Statistics(made.path)
+    assert sorted(found.square) == sorted(outcome.view["modules"])
+    assert outcome.disk_bytes == data_bytes(made.path)
+    names = {file.name for file in made.path.iterdir()}
+    grams = {"gram-00000.safetensors", "gram-00001.safetensors", "gram-head.safetensors"} if gram else set()
+    assert names == {"statistics.safetensors", "tokens.safetensors", *grams}
+    assert ctx.meta["tokens"] == 96 == found.tokens.size
+    again, _ = run("calibrate", tmp_path / "again", {"model": source}, options, text)
+    assert all((again.path / name).read_bytes() == (made.path / name).read_bytes() for name in names)
+
+
+def test_few_tokens_are_told(tmp_path: Path, source: Artifact, text: dict[str, DataEntry]) -> None:
+    for sequences, few in ((5, True), (6, False)):  # of 16 tokens, for 96 inputs
+        options = {**OPTIONS, "sequences": sequences}
+        outcome, _ = plan("calibrate", {"model": view_of(source)}, options, text)
+        assert any("raise `sequences`" in note for note in outcome.notes) == few
+        lines: list[str] = []
+
+        def emit(kind: str, values: Mapping[str, Any], lines: list[str] = lines) -> None:
+            lines.extend([values["message"]] if kind == "log" else [])
+
+        run("calibrate", tmp_path / str(sequences), {"model": source}, options, text, emit=emit)
+        assert any(line.startswith("WARNING: 80 tokens say little") for line in lines) == few
+
+
+def test_too_short_a_text_is_an_error_that_counts(tmp_path: Path, source: Artifact, text: dict[str, DataEntry]) -> None:
+    with pytest.raises(StageError, match=r"has text for \d+ sequences of 16 tokens, and 100000 were asked for"):
+        run("calibrate", tmp_path, {"model": source}, {**OPTIONS, "sequences": 100000}, text)
 
 
 def test_a_quantized_model_calibrates_too(tmp_path: Path, source: Artifact, text: dict[str, DataEntry]) -> None:
     quantized, _ = run("quantize", tmp_path, {"model": source}, {"rules": {"mlp": MLP4}})
     made, _ = run("calibrate", tmp_path, {"model": quantized}, {"data": "text", "sequences": 2}, text)
     names = [name for name, module in load_model(source.path).named_modules() if "proj" in name]
-    assert set(read_statistics(made, names)) == {*names, "model.embed_tokens"}
+    found = read_statistics(made, names)
+    assert found is not None and set(found.square) == {*names, "model.embed_tokens"}
 
 
-@pytest.mark.parametrize("quantized", [False, True])
-def test_the_inputs_of_a_head_stand_under_the_weight_that_they_meet(quantized: bool) -> None:
-    from a1q.quant.embedding import QuantEmbedding
-    from a1q.quant.tied import swap_module
-
-    for tied, name in ((True, "model.embed_tokens"), (False, "lm_head")):
-        model = tiny_model(tie_word_embeddings=tied).double()
-        if quantized:
-            module = QuantEmbedding.quantize(model.model.embed_tokens, {"scheme": "lut", "bits": 8})
-            swap_module(model, "model.embed_tokens", module)
-        seen: list[torch.Tensor] = []
-        hook = model.lm_head.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0]))
-        found = collect_statistics(model, TOKENS, batch_size=5, progress=lambda done, total: None)
-        hook.remove()
-        assert len(found) == 15
-        torch.testing.assert_close(found[name], seen[0].reshape(-1, 64).square().mean(0), rtol=1e-9, atol=0)
+def test_bad_activations_are_named(tmp_path: Path, text: dict[str, DataEntry]) -> None:
+    folder = tiny_folder(tmp_path / "model")
+    model = load_model(folder)
+    with torch.no_grad():
+        model.model.layers[1].input_layernorm.weight[0] = torch.inf
+    model.save_pretrained(folder)
+    with pytest.raises(StageError, match=r"inputs of model\.layers\.1\.self_attn\.q_proj are not finite"):
+        run("calibrate", tmp_path / "out", {"model": Artifact("model", folder, "b" * 64)}, OPTIONS, text)
 
 
-def test_damaged_statistics_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "statistics.safetensors").write_bytes(b"nonsense")
-    with pytest.raises(StageError, match="can't be read"):
-        read_statistics(Artifact("statistics", tmp_path, ""), [])
+def test_memory_is_the_model_and_one_block(source: Artifact, text: dict[str, DataEntry]) -> None:
+    view = view_of(source)
+    needed = [
+        plan("calibrate", {"model": view}, {**OPTIONS, "sequences": sequences}, text)[0].memory_bytes
+        for sequences in (6, 106)
+    ]
+    assert needed[1] - needed[0] == 100 * 16 * 64 * 4
+    assert needed[0] > 4 * view.parameters + np.square([64, 64, 96, 96]).sum() * 8

@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -116,7 +117,10 @@ def test_the_head_s_inputs_weigh_the_fit_of_a_tied_embedding_only(tmp_path: Path
         folder = tmp_path / str(tied)
         folder.mkdir()
         artifact = source(folder, tied)
-        write_statistics(folder, {EMBEDDING if tied else "lm_head": values})
+        tokens = np.zeros((1, 4))
+        write_statistics(
+            folder, {EMBEDDING if tied else "lm_head": values}, tokens, embedding=EMBEDDING, vocabulary=320
+        )
         statistics = Artifact("statistics", folder, "t" * 64)
         made = [
             run("quantize", folder / "made", {"model": artifact, "statistics": each}, options)[0]

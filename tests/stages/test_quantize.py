@@ -1,6 +1,7 @@
 import re
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 
@@ -90,7 +91,8 @@ def test_statistics_change_the_fit_and_must_be_complete(tmp_path: Path, source: 
     generator = torch.Generator().manual_seed(0)
     inputs = {name: module.shape[1] for name, module in view_of(source).modules.items() if module.kind == "linear"}
     values = {name: torch.rand(columns, generator=generator) ** 4 for name, columns in inputs.items()}
-    write_statistics(tmp_path, values)
+    rest = {"tokens": numpy.zeros((1, 4)), "embedding": "model.embed_tokens", "vocabulary": 320}
+    write_statistics(tmp_path, values, **rest)
     statistics = Artifact("statistics", tmp_path, "t" * 64)
     options = {"rules": {"mlp": {**MLP4, "bits": 2}}}
     aware, _ctx = run("quantize", tmp_path / "a", {"model": source, "statistics": statistics}, options)
@@ -101,7 +103,7 @@ def test_statistics_change_the_fit_and_must_be_complete(tmp_path: Path, source: 
         for made in (aware, blind)
     ]
     assert errors[0] < errors[1]
-    write_statistics(tmp_path, {UP: values[UP]})
+    write_statistics(tmp_path, {UP: values[UP]}, **rest)
     with pytest.raises(StageError, match=r"no entry for model\.layers\.0\.mlp\.down_proj"):
         run("quantize", tmp_path / "c", {"model": source, "statistics": statistics}, options)
 
