@@ -48,7 +48,7 @@ class _Sums:
             _accumulate(self.gram, name, (x.T @ x).to(exact, torch.float64))
 
     def means(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """E[x²] of every module, E[x xᵀ] of those with an input of their own; float64.
+        """E[x²] of every module (float64), E[x xᵀ] of those with an input of their own (float32); ends the sums.
 
         Raises:
             StageError: if inputs are not finite; it names the first module.
@@ -57,7 +57,7 @@ class _Sums:
             if not bool(torch.isfinite(self.square[owner]).all()):
                 raise StageError(f"the inputs of {name} are not finite")
         square = {name: self.square[owner] / self.tokens[owner] for name, owner in self.same.items()}
-        return square, {name: total / self.tokens[name] for name, total in self.gram.items()}
+        return square, {name: total.div_(self.tokens[name]).float() for name, total in self.gram.items()}
 
 
 def measure_statistics(

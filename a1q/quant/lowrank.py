@@ -1,6 +1,7 @@
 """Fits of Ŵ = LUT[idx] ⊙ S with S = A B of rank r: alternating least squares, and the SVD of group maxima.
 
-Both work in the type of the weight they are given; the error is  Σ h_j (W_ij - Ŵ_ij)²  with h = E[x²] per input.
+Both work in the type of the weight they are given; the error is  Σ r_i h_j (W_ij - Ŵ_ij)²  with h = E[x²] per input and
+r how much each row counts, ones but for an embedding.
 """
 
 from __future__ import annotations
@@ -45,9 +46,10 @@ class Fit:
         return lookup(self.lut[None], self.indices) * self.scale()
 
 
-def weighted_error(weight: Tensor, approximation: Tensor, importance: Tensor) -> float:
-    """Σ h_j (W_ij - Ŵ_ij)²; rows are summed in float64."""
-    return float(((weight - approximation).square() @ importance).double().sum())
+def weighted_error(weight: Tensor, approximation: Tensor, importance: Tensor, rows: Tensor | None = None) -> float:
+    """Σ r_i h_j (W_ij - Ŵ_ij)²; rows are summed in float64."""
+    per_row = ((weight - approximation).square() @ importance).double()
+    return float(per_row.sum() if rows is None else per_row @ rows.double())
 
 
 def linspace_lut(bits: int, like: Tensor) -> Tensor:
@@ -85,6 +87,7 @@ def als(
     learn_lut: bool,
     rounds: int,
     errors: list[float] | None = None,
+    rows: Tensor | None = None,
 ) -> Fit:
     """Alternating least squares over indices, LUT, A and B; no step raises the weighted error.
 
@@ -96,16 +99,18 @@ def als(
         importance: h [in], positive.
         rounds: at most so many.
         errors: where given, receives the weighted error of the start and after every round.
+        rows: r [out], positive; ones by default.
     """
-    fit = rms_start(weight, importance, bits, learn_lut)
+    rows = torch.ones_like(weight[:, 0]) if rows is None else rows
+    fit = rms_start(weight, importance, rows, bits, learn_lut)
     if rank > 1:
         for _ in range(max(1, rounds // 4)):
-            improve(fit, weight, importance, learn_lut)
-        widen(fit, weight, importance, rank)
-    trace = [weighted_error(weight, fit.weight(), importance)]
+            improve(fit, weight, importance, rows, learn_lut)
+        widen(fit, weight, importance, rows, rank)
+    trace = [weighted_error(weight, fit.weight(), importance, rows)]
     for _ in range(rounds):
-        improve(fit, weight, importance, learn_lut)
-        trace.append(weighted_error(weight, fit.weight(), importance))
+        improve(fit, weight, importance, rows, learn_lut)
+        trace.append(weighted_error(weight, fit.weight(), importance, rows))
         if trace[-1] > (1 - STALL) * trace[-2]:
             break
     if errors is not None:
@@ -113,20 +118,19 @@ def als(
     return fit
 
 
-def improve(fit: Fit, weight: Tensor, importance: Tensor, learn_lut: bool) -> None:
+def improve(fit: Fit, weight: Tensor, importance: Tensor, rows: Tensor, learn_lut: bool) -> None:
     """One round: A, indices, B, indices, LUT, indices; each the exact minimiser with the others held."""
     entries = lookup(fit.lut[None], fit.indices)
     fit.a = solve_left(weight, entries, importance, fit.a, fit.b)
     fit.indices = assign(weight, fit.lut, fit.scale())
     entries = lookup(fit.lut[None], fit.indices)
-    # The roles of rows and columns swap; h is constant within a column, so it cancels there.
-    ones = torch.ones_like(fit.a[:, 0])
-    fit.b = solve_left(weight.T, entries.T, ones, fit.b.T, fit.a.T).T.contiguous()
+    # The roles of rows and columns swap; h is constant within a column, so it cancels there, as r does above.
+    fit.b = solve_left(weight.T, entries.T, rows, fit.b.T, fit.a.T).T.contiguous()
     scale = fit.scale()
     fit.indices = assign(weight, fit.lut, scale)
     if learn_lut:
         # Indices are fresh, so the cells are intervals and their centroids ascend.
-        fit.lut = centroids(weight, fit.indices, fit.lut, scale, importance)
+        fit.lut = centroids(weight, fit.indices, fit.lut, scale, importance * rows[:, None])
         fit.indices = assign(weight, fit.lut, scale)
 
 
@@ -136,7 +140,10 @@ def assign(weight: Tensor, lut: Tensor, scale: Tensor) -> Tensor:
 
 
 def centroids(weight: Tensor, indices: Tensor, lut: Tensor, scale: Tensor, importance: Tensor) -> Tensor:
-    """The LUT [L] of least weighted error for given indices and scale; unused entries stay."""
+    """The LUT [L] of least error, weighted by `importance` [in] or [out, in], for given indices and scale.
+
+    Unused entries stay.
+    """
     weighted = scale * importance
     top = sums_per_entry(indices, weighted * weight, lut[None])[0]
     bottom = sums_per_entry(indices, weighted * scale, lut[None])[0]
@@ -171,7 +178,7 @@ def unit_gain(fit: Fit, weight: Tensor, importance: Tensor) -> Tensor:
     return torch.where(common > 0, whole / common.clamp_min(torch.finfo(common.dtype).tiny), 1.0).to(weight.dtype)
 
 
-def rms_start(weight: Tensor, importance: Tensor, bits: int, learn_lut: bool) -> Fit:
+def rms_start(weight: Tensor, importance: Tensor, rows: Tensor, bits: int, learn_lut: bool) -> Fit:
     """Rank-1 scale a b with a_i² b_j² ≈ W_ij² (rows and columns evened out in turn), and the best LUT for it."""
     square = weight.square()
     tiny = torch.finfo(weight.dtype).tiny
@@ -180,21 +187,21 @@ def rms_start(weight: Tensor, importance: Tensor, bits: int, learn_lut: bool) ->
         a = (square / b.square()).mean(1).sqrt().clamp_min(tiny**0.5)
         b = (square / a.square()[:, None]).mean(0).sqrt().clamp_min(1e-4)
     scale = a[:, None] * b
-    z, use = weight / scale, scale.square() * importance
+    z, use = weight / scale, scale.square() * importance * rows[:, None]
     if learn_lut:
         lut = lloyd(z, use, quantile_start(z.reshape(1, -1), 2**bits), rounds=30)[0]
     else:
         even = linspace_lut(bits, weight)
-        losses = [weighted_error(weight, _nearest_on(z, even * clip) * scale, importance) for clip in CLIPS]
+        losses = [weighted_error(weight, _nearest_on(z, even * clip) * scale, importance, rows) for clip in CLIPS]
         clip = CLIPS[losses.index(min(losses))]
         a, scale, lut = a * clip, scale * clip, even
     return Fit(assign(weight, lut, scale), lut, a[:, None], b[None])
 
 
-def widen(fit: Fit, weight: Tensor, importance: Tensor, rank: int) -> None:
+def widen(fit: Fit, weight: Tensor, importance: Tensor, rows: Tensor, rank: int) -> None:
     """Add ranks along the principal input directions of the error's gradient by S; A there starts at zero."""
     entries = lookup(fit.lut[None], fit.indices)
-    gradient = entries * (weight - entries * fit.scale()) * importance
+    gradient = entries * (weight - entries * fit.scale()) * importance * rows[:, None]
     missing = rank - fit.b.shape[0]
     directions = principal_directions(gradient, missing)
     fit.b = torch.cat([fit.b, directions * fit.b.norm()])

@@ -76,7 +76,7 @@ class Balanced(Scheme):
     def fit(self, weight: Tensor, inputs: Inputs | None, seed: int) -> dict[str, Tensor]:
         import torch
 
-        from a1q.quant.importance import importance_of
+        from a1q.quant.importance import importance_of, row_importance_of
         from a1q.quant.uniform import search_scale
 
         weight = weight.detach().float()
@@ -87,7 +87,7 @@ class Balanced(Scheme):
             clip = rows.abs().kthvalue(max(1, round(PUBLISHED_CLIP * rows.shape[1])), dim=1).values
             scale = clip.where(clip > 0, peak) / 2 ** (self.config.bits - 1)
         else:
-            h = importance.expand_as(weight).reshape(rows.shape)
+            h = (importance * row_importance_of(weight, inputs)[:, None]).reshape(rows.shape)
             scale = search_scale(rows, h, (peak / self.zero)[:, None], self.zero, self.top)[:, 0]
         factor = torch.where(peak > 0, scale * 2 ** (self.config.bits - 1) / peak.clamp_min(1e-30), 1.0).double()
         p = factor.sub(LEAST_FACTOR).clamp_min(LEAST_FACTOR).expm1().log().float()

@@ -65,11 +65,11 @@ class Lut(Scheme):
         return {"lut": (self.tables(shape), 2**self.config.bits)}
 
     def fit(self, weight: Tensor, inputs: Inputs | None, seed: int) -> dict[str, Tensor]:
-        from a1q.quant.importance import importance_of
+        from a1q.quant.importance import importance_of, row_importance_of
         from a1q.quant.kmeans import lloyd, quantile_start
 
         weight = weight.detach().float()
-        use = importance_of(weight, inputs).expand_as(weight)
+        use = importance_of(weight, inputs) * row_importance_of(weight, inputs)[:, None]
         count = self.tables((weight.shape[0], weight.shape[1]))
         start = quantile_start(weight.reshape(count, -1), 2**self.config.bits)
         parts = {"lut": lloyd(weight, use, start, self.config.rounds)}

@@ -72,7 +72,7 @@ class LutLowrank(Scheme):
 
     def fit(self, weight: Tensor, inputs: Inputs | None, seed: int) -> dict[str, Tensor]:
         from a1q.quant import lowrank
-        from a1q.quant.importance import importance_of
+        from a1q.quant.importance import importance_of, row_importance_of
 
         config = self.config
         weight = weight.detach().float()
@@ -81,7 +81,9 @@ class LutLowrank(Scheme):
             gain = weight.new_ones(len(weight))
         else:
             importance = importance_of(weight, inputs)
-            fit = lowrank.als(weight, importance, config.bits, config.rank, config.lut == "learned", config.rounds)
+            rows = row_importance_of(weight, inputs)
+            learned = config.lut == "learned"
+            fit = lowrank.als(weight, importance, config.bits, config.rank, learned, config.rounds, rows=rows)
             gain = lowrank.unit_gain(fit, weight, importance)
             fit.a = fit.a * gain[:, None]
         a, g, b = lowrank.balance(fit)
