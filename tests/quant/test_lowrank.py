@@ -31,12 +31,13 @@ def random_weight(seed: int, rows: int, columns: int) -> tuple[torch.Tensor, tor
 )
 def test_als_never_raises_the_weighted_error(seed, bits, rank, learn_lut, rows, columns) -> None:
     weight, importance = random_weight(seed, rows, columns)
+    counted = random_weight(seed, 1, rows)[1]
     errors: list[float] = []
-    fit = lowrank.als(weight, importance, bits, rank, learn_lut, 8, errors)
+    fit = lowrank.als(weight, importance, bits, rank, learn_lut, 8, errors, counted)
     assert 2 <= len(errors) <= 9
     for before, after in itertools.pairwise(errors):
         assert after <= before * (1 + 1e-9)
-    assert errors[-1] == pytest.approx(lowrank.weighted_error(weight, fit.weight(), importance))
+    assert errors[-1] == pytest.approx(lowrank.weighted_error(weight, fit.weight(), importance, counted))
     assert bool((fit.lut[1:] >= fit.lut[:-1]).all())
     if rank == 1:
         assert bool((fit.a > 0).all())

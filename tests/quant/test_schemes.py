@@ -180,6 +180,20 @@ def weighted(difference: torch.Tensor, statistics: torch.Tensor) -> float:
     return float((difference.square() * statistics).sum())
 
 
+@over(SPECS[:2] + [SPECS[4], SPECS[6], SPECS[8]])  # a scale or a table serves several rows
+def test_errors_move_to_rows_that_matter_less(spec) -> None:
+    scheme, weight = make_scheme(spec), random_weight(4, 64, 24)
+    weight[::8] *= 0.3
+    rows = torch.ones(64)
+    rows[::8] = 1000
+    inputs = Inputs(torch.rand(24, generator=torch.Generator().manual_seed(0)) + 0.1, rows=rows)
+    plain, aware = (
+        (weight - scheme.dequantize(scheme.fit(weight, given, 0))).square() @ inputs.square
+        for given in (Inputs(inputs.square), inputs)
+    )
+    assert aware[::8].sum() < 0.95 * plain[::8].sum()
+
+
 @each_weighted
 def test_bad_statistics_are_refused(spec) -> None:
     for bad in (torch.ones(23), torch.full((24,), torch.nan), -torch.ones(24)):
