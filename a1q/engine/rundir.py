@@ -3,7 +3,8 @@
     recipe.yaml     the recipe, verbatim          resolved.yaml   composed, overridden, default-filled
     lock.json       digests, versions, machine    events.jsonl    every event but progress, appended
     report.json     rewritten after every stage   metrics/ID.jsonl  progress of one stage, a line each
-    export/ID/      copies of the packages        .lock           held while a run writes here
+    export/ID/      copies of the packages        rules/ID/       copies of rules that a stage chose, to pin
+    .lock           held while a run writes here
 
 It listens to the run's events and needs to be told nothing else.
 """
@@ -175,6 +176,8 @@ class RunFolder:
             if (artifact / PROGRESS).exists():
                 progress.parent.mkdir(exist_ok=True)
                 copy_file(artifact / PROGRESS, progress)
+        if event["kind"] == "rules":
+            export(artifact, self.path / "rules" / event["id"])
         if event["kind"] == "package":
             export(artifact, self.path / "export" / event["id"])
             self._report["exports"][event["id"]] = f"export/{event['id']}"
