@@ -17,6 +17,7 @@ from a1q.errors import UsageError
 def command(run: str, as_json: bool) -> None:
     """Show RUN, a run folder or the name of one below `runs/`: stages, figures, exports, how it ended."""
     from a1q.engine.rundir import known_runs, read_json, read_report
+    from a1q.report.rules import by_module, rules_of
     from a1q.report.summary import summary
 
     for folder in (Path(run), Path("runs") / run):
@@ -42,3 +43,5 @@ def command(run: str, as_json: bool) -> None:
             click.echo(f"\n{item['id']} ({item['key'][:12]})")
             for name, value in item["metrics"].items():
                 click.echo(f"    {name}: {json.dumps(value, ensure_ascii=False)}")
+        if chosen := rules_of(folder, item):
+            click.echo(f"\n{by_module(chosen)}")

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from a1q.report.rules import by_group, rules_of
 from a1q.report.table import duration, figure, table
 
 KEY_METRICS = (
@@ -28,6 +29,10 @@ def summary(report: Mapping[str, Any], folder: Path, width: int | None = None) -
     room = None if width is None else width - taken
     rows = [[*fact, main_figures(item["metrics"], room)] for fact, item in zip(facts, stages, strict=True)]
     lines = [table(head, rows, right=[3])] if rows else []
+    for item in stages:
+        if chosen := rules_of(folder, item):
+            place = folder / "rules" / item["id"]
+            lines += ["", f"{item['id']} chose, and {place} has it to pin:", by_group(chosen), ""]
     lines += [f"export {name}: {folder / place}" for name, place in report["exports"].items()]
     return "\n".join([*lines, ending(report)])
 
