@@ -111,8 +111,9 @@ def measure_statistics(
         sums.add(head, stream.leave(number))
         progress(total - batches + number + 1, total)
     keep(sums, "head")
-    rows = model.get_input_embeddings().num_embeddings
-    write_statistics(folder, square, tokens, embedding=embedding, vocabulary=rows, grams=grams)
+    table = model.get_input_embeddings()
+    shape = (table.num_embeddings, table.embedding_dim)
+    write_statistics(folder, square, tokens, embedding=(embedding, shape), head=head, grams=grams)
     return square
 
 

@@ -47,7 +47,9 @@ class Statistics:
             self._grams: dict[str, tuple[str, str]] = {
                 name: (file, key) for name, (file, key) in facts["grams"].items()
             }
-            self.embedding, self.vocabulary = str(facts["embedding"]), int(facts["vocabulary"])
+            self._embedding = str(facts["embedding"]["name"])
+            self._head = str(facts["head"])
+            self._vocabulary, self._hidden = map(int, facts["embedding"]["shape"])
         except (ValueError, KeyError, TypeError, AttributeError):
             raise StageError(f"{folder / FILE} is damaged: its header says nothing of the modules") from None
 
@@ -65,17 +67,26 @@ class Statistics:
         import torch
 
         ids = torch.from_numpy(self.tokens).flatten().long()
-        if int(ids.min()) < 0 or int(ids.max()) >= self.vocabulary:
-            raise StageError(f"{self.folder / TOKENS} is damaged: it holds ids beyond 0 to {self.vocabulary - 1}")
-        return torch.bincount(ids, minlength=self.vocabulary)
+        if int(ids.min()) < 0 or int(ids.max()) >= self._vocabulary:
+            raise StageError(f"{self.folder / TOKENS} is damaged: it holds ids beyond 0 to {self._vocabulary - 1}")
+        return torch.bincount(ids, minlength=self._vocabulary)
 
     def inputs(self, name: str) -> Inputs | None:
-        """What the weight of module `name` is multiplied with; None for a module that was not measured."""
+        """What the weight of module `name` is multiplied with; None for a module that was not measured.
+
+        Of an embedding or a head, rows count as often as their tokens occur, and once more, for those that did not. A
+        row is looked up that often, and errors of its logit enter the KL in second order by the token's probability.
+        """
+        import torch
+
         from a1q.quant.importance import Inputs
 
-        if name not in self.square:
+        square = self.square.get(name)
+        if name == self._embedding and square is None:
+            square = torch.ones(self._hidden)
+        if square is None:
             return None
-        return Inputs(self.square[name], self._gram(name))
+        return Inputs(square, self._gram(name), self.counts + 1.0 if name in (self._embedding, self._head) else None)
 
     def _gram(self, name: str) -> Tensor | None:
         from safetensors import SafetensorError, safe_open
@@ -124,8 +135,8 @@ def write_statistics(
     square: Mapping[str, Tensor],
     tokens: ndarray,
     *,
-    embedding: str,
-    vocabulary: int,
+    embedding: tuple[str, tuple[int, int]],
+    head: str,
     grams: Mapping[str, tuple[str, str]] | None = None,
 ) -> None:
     """Write all but the files of `write_gram`.
@@ -133,13 +144,14 @@ def write_statistics(
     Args:
         square: name -> E[x²] [in].
         tokens: integers [n, L].
-        embedding: the name of the embedding, which has `vocabulary` rows.
+        embedding: name and shape [vocabulary, hidden] of the embedding.
+        head: name of the weight that the head multiplies with, the embedding where tied.
         grams: name -> (file, name in that file) of its E[x xᵀ].
     """
     import torch
 
     _save({"tokens": torch.from_numpy(tokens.astype("int32"))}, folder / TOKENS)
-    facts = {"embedding": embedding, "vocabulary": vocabulary, "grams": dict(grams or {})}
+    facts = {"embedding": {"name": embedding[0], "shape": embedding[1]}, "head": head, "grams": dict(grams or {})}
     _save(square, folder / FILE, {"a1q": json.dumps(facts, sort_keys=True)})
 
 

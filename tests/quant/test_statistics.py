@@ -16,7 +16,7 @@ def folder(tmp_path: Path) -> Path:
     file = write_gram(tmp_path, "00000", {"q": torch.eye(4)})
     square = {"q": torch.ones(4), "k": torch.ones(4), "o": torch.arange(3.0)}
     grams = {"q": (file, "q"), "k": (file, "q")}
-    write_statistics(tmp_path, square, TOKENS, embedding="table", vocabulary=7, grams=grams)
+    write_statistics(tmp_path, square, TOKENS, embedding=("table", (7, 3)), head="o", grams=grams)
     return tmp_path
 
 
@@ -27,6 +27,14 @@ def test_what_was_written_is_read(folder: Path) -> None:
     assert torch.equal(found.inputs("k").gram, torch.eye(4))
     assert found.inputs("o").gram is None and found.inputs("o").square.tolist() == [0, 1, 2]
     assert found.inputs("v") is None
+
+
+def test_rows_of_tokens_count_as_often_as_the_tokens_occur(folder: Path) -> None:
+    found = Statistics(folder)
+    table, head, other = found.inputs("table"), found.inputs("o"), found.inputs("q")
+    assert table.square.tolist() == [1, 1, 1] and table.gram is None
+    assert table.rows.tolist() == head.rows.tolist() == [2, 2, 4, 1, 1, 2, 1]
+    assert other.rows is None
 
 
 def test_matrices_are_read_only_when_asked_for(folder: Path) -> None:
@@ -56,7 +64,7 @@ def test_damage_is_named(folder: Path, name: str, damage: str) -> None:
 
 
 def test_tokens_beyond_the_vocabulary_are_damage(tmp_path: Path) -> None:
-    write_statistics(tmp_path, {}, TOKENS, embedding="table", vocabulary=5)
+    write_statistics(tmp_path, {}, TOKENS, embedding=("table", (5, 3)), head="table")
     with pytest.raises(StageError, match=r"tokens\.safetensors is damaged: it holds ids beyond 0 to 4"):
         Statistics(tmp_path).counts  # noqa: B018
 

@@ -16,6 +16,8 @@ from a1q.exporters.safetensors import SafetensorsConfig, SafetensorsExporter
 from a1q.models.checkpoint import load_model
 from a1q.models.view import read_safetensors_header
 from a1q.quant.bits import bpw, bpw_model, module_bits
+from a1q.quant.embedding import QuantEmbedding
+from a1q.quant.importance import Inputs
 from a1q.quant.module import quantized_modules
 from a1q.quant.statistics import write_statistics
 from a1q.quant.tied import TiedHead
@@ -110,24 +112,23 @@ def test_a_snapped_tied_model_computes_the_same_bits_after_reading_and_the_same_
     assert torch.equal(logits(packed), logits(artifact))
 
 
-def test_the_head_s_inputs_weigh_the_fit_of_a_tied_embedding_only(tmp_path: Path) -> None:
-    values = torch.rand(64, generator=torch.Generator().manual_seed(0)) ** 4
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_head_s_inputs_and_how_often_tokens_occur_weigh_the_fit(tmp_path: Path, tied: bool) -> None:
+    heard = torch.rand(64, generator=torch.Generator().manual_seed(0)) ** 4
+    tokens = np.array([[3, 3, 3, 9, 9, 300, 0, 3]])
+    name = EMBEDDING if tied else "lm_head"
+    write_statistics(tmp_path, {name: heard}, tokens, embedding=(EMBEDDING, (320, 64)), head=name)
+    artifact = source(tmp_path, tied)
+    statistics = Artifact("statistics", tmp_path, "t" * 64)
     options = {"rules": {"head": {"scheme": "lut", "bits": 3}}}
-    for tied in (True, False):
-        folder = tmp_path / str(tied)
-        folder.mkdir()
-        artifact = source(folder, tied)
-        tokens = np.zeros((1, 4))
-        write_statistics(
-            folder, {EMBEDDING if tied else "lm_head": values}, tokens, embedding=EMBEDDING, vocabulary=320
-        )
-        statistics = Artifact("statistics", folder, "t" * 64)
-        made = [
-            run("quantize", folder / "made", {"model": artifact, "statistics": each}, options)[0]
-            for each in (statistics, None)
-        ]
-        tables = [load_model(each.path).get_submodule(EMBEDDING).lut for each in made]
-        assert torch.equal(*tables) == (not tied)
+    made, _ = run("quantize", tmp_path / "made", {"model": artifact, "statistics": statistics}, options)
+    rows = torch.ones(320)
+    rows[[3, 9, 300, 0]] += torch.tensor([4.0, 2, 1, 1])
+    inputs = Inputs(heard if tied else torch.ones(64), rows=rows)
+    dense = load_model(artifact.path).get_submodule(EMBEDDING)
+    expected = QuantEmbedding.quantize(dense, {"scheme": "lut", "bits": 3}, inputs)
+    assert torch.equal(load_model(made.path).get_submodule(EMBEDDING).lut, expected.lut)
+    assert not torch.equal(expected.lut, QuantEmbedding.quantize(dense, {"scheme": "lut", "bits": 3}).lut)
 
 
 def test_figures_of_linears_leave_embeddings_out_and_the_whole_model_does_not(tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ def test_statistics_change_the_fit_and_must_be_complete(tmp_path: Path, source: 
     generator = torch.Generator().manual_seed(0)
     inputs = {name: module.shape[1] for name, module in view_of(source).modules.items() if module.kind == "linear"}
     values = {name: torch.rand(columns, generator=generator) ** 4 for name, columns in inputs.items()}
-    rest = {"tokens": numpy.zeros((1, 4)), "embedding": "model.embed_tokens", "vocabulary": 320}
+    rest = {"tokens": numpy.zeros((1, 4)), "embedding": ("model.embed_tokens", (320, 64)), "head": "model.embed_tokens"}
     write_statistics(tmp_path, values, **rest)
     statistics = Artifact("statistics", tmp_path, "t" * 64)
     options = {"rules": {"mlp": {**MLP4, "bits": 2}}}
