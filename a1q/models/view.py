@@ -74,6 +74,8 @@ class ModelView:
         return bool(self.config.get("tie_word_embeddings")) and "lm_head" not in self.modules
 
 
+PREPARED = "a1q_prepared"
+"""Entry of config.json: the techniques by which `prepare` stages changed the weights and not the function, in order."""
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 """Entries of config.json that planning reckons with, where they are there."""
 

@@ -8,7 +8,7 @@ from typing import Any
 from a1q.engine.matching import summarize
 from a1q.engine.stage import PlanContext
 from a1q.errors import StageError
-from a1q.models.view import QUANTIZED, ModelView, ModuleView
+from a1q.models.view import PREPARED, QUANTIZED, ModelView, ModuleView
 from a1q.quant.bits import bpw, bpw_model, module_bits
 from a1q.quant.build import complete, make_scheme
 
@@ -42,6 +42,17 @@ def planned_modules(
     for refusal, names in refused.items():
         ctx.mismatch(path, refusal, f"in {', '.join(summarize(names))}")
     return planned
+
+
+def check_statistics(ctx: PlanContext, path: str = "statistics") -> None:
+    """Record statistics of a model that a later `prepare` stage changed: its linears see other inputs."""
+    statistics, view = ctx.views.get("statistics"), ctx.views["model"]
+    if statistics is not None and list(statistics.get("prepared", ())) != list(view.config.get(PREPARED, ())):
+        ctx.recipe_problem(
+            path,
+            "the statistics are not those of this model: `prepare` changed what its linears see",
+            "put a `calibrate` after the last `prepare`",
+        )
 
 
 def describe(spec: Mapping[str, Any]) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from a1q.engine.stage import Outcome, PlanContext, Stage, StageContext
-from a1q.models.view import ModuleView
+from a1q.models.view import PREPARED, ModuleView
 from a1q.quant.statistics import measured_modules
 
 SHARED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
@@ -47,7 +47,10 @@ class CalibrateStage(Stage):
         # sums in float64 with one product before it is added, and what is written in float32
         sums = 16 * max(products, default=0) + 12 * widest**2 * config.gram
         return Outcome(
-            view={"modules": [module.name for module in measured]},
+            view={
+                "modules": [module.name for module in measured],
+                "prepared": view.config.get(PREPARED, ()),
+            },
             disk_bytes=4 * (tokens + sum(module.shape[1] for module in measured) + sum(products)),
             memory_bytes=4 * view.parameters + states + 16 * config.batch * length * broadest + sums,
             notes=tuple(notes),

@@ -10,7 +10,7 @@ from a1q.engine.matching import resolve_rules, summarize
 from a1q.engine.stage import Outcome, PlanContext, Stage, StageContext
 from a1q.models.view import DENSE, QUANTIZED, ModelView, ModuleView
 from a1q.quant.bits import disk_bytes
-from a1q.quant.planning import fit_memory, notes, planned_modules
+from a1q.quant.planning import check_statistics, fit_memory, notes, planned_modules
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,6 +44,7 @@ class ConvertStage(Stage):
         view: ModelView = ctx.views["model"]
         owners = resolve_rules(ctx, ctx.config.rules, "rules", view)
         changed = _planned(ctx, view, owners)
+        check_statistics(ctx)
         result = view.replace(changed)
         lines = notes(result, changed, owners) if changed else ()
         without = [name for name in changed if not view.modules[name].latent]

@@ -11,7 +11,8 @@ from a1q.engine.matching import summarize
 from a1q.engine.stage import Outcome, PlanContext, Stage, StageContext
 from a1q.errors import StageError
 from a1q.models.preparations.families import FAMILIES
-from a1q.models.view import DENSE, ModelView, ModuleView
+from a1q.models.view import DENSE, PREPARED, ModelView, ModuleView
+from a1q.quant.planning import check_statistics
 
 if TYPE_CHECKING:
     from a1q.models.preparations.preparation import Preparation
@@ -59,6 +60,9 @@ class PrepareStage(Stage):
         _check(ctx, config, view)
         if config.rotate_residual and config.rotate_residual.untie and view.tied:
             view = _untied(view)
+        view = dataclasses.replace(
+            view, config={**view.config, PREPARED: [*view.config.get(PREPARED, ()), *_techniques(config)]}
+        )
         largest = max((module.shape[0] * module.shape[1] for module in view.modules.values()), default=0)
         logits = 8 * SEQUENCES * LENGTH * view.config.get("vocab_size", 0)
         return Outcome(
@@ -103,8 +107,8 @@ class PrepareStage(Stage):
         prepare_model(model, preparations, tick)
         differences = compare(before, trace(model, tokens, tick), preparations)
         require_equal(differences)
+        setattr(model.config, PREPARED, [*getattr(model.config, PREPARED, ()), *_techniques(ctx.config)])
         save_model(model, ctx.out, tokenizer_from=source.path)
-        ctx.meta["techniques"] = _techniques(ctx.config)
         ctx.metrics["difference"] = differences.pop(HEAD)
         ctx.metrics["difference_stream"] = max(differences.values())
 
@@ -131,6 +135,8 @@ def _check(ctx: PlanContext, config: PrepareConfig, view: ModelView) -> None:
             "the statistics are those of the model before it is rotated",
             "`prepare` with the rotations first, then `calibrate`, then `prepare` with `scale`",
         )
+    elif config.scale:
+        check_statistics(ctx, "scale.statistics")
     model_type = view.config.get("model_type")
     family = FAMILIES.get(str(model_type))
     if family is None:

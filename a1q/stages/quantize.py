@@ -11,7 +11,7 @@ from a1q.engine.matching import resolve_rules, summarize
 from a1q.engine.stage import Outcome, PlanContext, Stage, StageContext
 from a1q.models.view import DENSE, ModelView, ModuleView
 from a1q.quant.bits import disk_bytes
-from a1q.quant.planning import fit_memory, notes, planned_modules
+from a1q.quant.planning import check_statistics, fit_memory, notes, planned_modules
 from a1q.quant.rules import Rule, read_rules
 
 
@@ -38,6 +38,7 @@ class QuantizeStage(Stage):
         rules = _rules(ctx, view)
         changed = _planned(ctx, view, rules)
         owners = {name: rule.group for name, rule in rules.items()}
+        check_statistics(ctx)
         result = view.replace(changed)
         undecided = any(module.alternatives for module in changed.values())
         lines = (f"{ctx.config.rules!r} chooses; here is each module at its largest:",) if undecided else ()

@@ -136,6 +136,23 @@ def test_the_same_seed_makes_the_same_bytes(
     assert first == second
 
 
+@pytest.mark.parametrize("stage", ["quantize", "prepare"])
+def test_statistics_from_before_are_refused_while_planning(
+    tmp_path: Path, sources: dict[str, Artifact], text: dict[str, DataEntry], stage: str
+) -> None:
+    options = {"quantize": {"rules": {"mlp": MLP4}}, "prepare": SCALE}[stage]
+    view = view_of(sources["llama"])
+    turned, _ = run("prepare", tmp_path, {"model": sources["llama"]}, HEADS, text)
+    planned = plan("prepare", {"model": view, "statistics": None}, HEADS)[0].view
+    before, after = (plan("calibrate", {"model": item}, {"data": "text"}, text)[0].view for item in (view, planned))
+    for model in (planned, view_of(turned)):
+        assert plan(stage, {"model": model, "statistics": after}, options)[1] == []
+        [(path, message, hint, mismatch)] = plan(stage, {"model": model, "statistics": before}, options)[1]
+        assert path.endswith("statistics") and "`prepare` changed what its linears see" in message and not mismatch
+        assert hint == "put a `calibrate` after the last `prepare`"
+    assert plan(stage, {"model": view, "statistics": before}, options)[1] == []
+
+
 def test_statistics_of_another_model_are_refused(
     tmp_path: Path, sources: dict[str, Artifact], text: dict[str, DataEntry]
 ) -> None:
