@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 SCALE_BITS = 16
 """A group's scale is stored in fp16."""
 CHECKED_SEQUENCES = 4
-LOGITS_TOLERANCE = 1e-4
+LOGITS_TOLERANCE = 1e-5
 """Of the largest logit: float32 rounding in another order stays well below, a wrong weight far above."""
 
 
@@ -192,6 +192,11 @@ def group_bits(shape: Sequence[int], bits: int, group_size: int) -> int:
     if columns % group_size:
         raise JobError(f"groups of {group_size} don't divide rows of {columns} weights")
     return rows * columns * bits + rows * (columns // group_size) * (SCALE_BITS + bits)
+
+
+def table_bits(bits: int) -> int:
+    """Stored bits of one table of 2^bits values in fp16."""
+    return 2**bits * SCALE_BITS
 
 
 def on_grid(weight: Tensor, scale: Tensor, zero: Tensor, bits: int, group_size: int) -> Tensor:

@@ -12,7 +12,9 @@ import os
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[3])  # the repository; this folder's names must not hide packages
+# The repository, and not this folder, whose names would hide packages.
+sys.path[0] = str(Path(__file__).resolve().parents[3])
+# ruff: noqa: E402
 
 import torch
 
