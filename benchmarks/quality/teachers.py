@@ -1,9 +1,10 @@
 """The teachers: `pico`, the same function with outliers folded in, and one that was trained around fixed outliers.
 
     pico         the built-in model
-    pico-diag    the same function. Channels between adjacent layers are scaled apart (norm gain and the columns it feeds,
-                 up_proj rows and down_proj columns, v_proj rows and o_proj columns), most of them a little, some by 8 to
-                 30. Its outliers are exactly diagonal, which a row and a column scale absorb: a test of invariance.
+    pico-diag    the same function. Channels between adjacent layers are scaled apart (norm gain and the columns it
+                 feeds, up_proj rows and down_proj columns, v_proj rows and o_proj columns), most of them a little, some
+                 by 8 to 30. Its outliers are exactly diagonal, which a row and a column scale absorb: a test of
+                 invariance.
     pico-heavy   single elements of every decoder linear, 0.5 % of them and 6 to 12 standard deviations large, stand at
                  random places that no row and no column scale describes; all other parameters were distilled from pico
                  around them.

@@ -1,0 +1,142 @@
+"""Run what is missing, one cell at a time: `python -m benchmarks.quality [--only 'pico.w2.*'] [--seeds 0,1,2]`.
+
+    --list    the cells, and which of them are there
+    --table   only write and print the tables (benchmarks/results/quality/table.md, table.json)
+    --plot    only draw the plot (kl.png, kl.svg)
+
+A row is TEACHER.SETTING.METHOD; a cell has `.seedN` at its end, and `.lrRATE` before that where it trains. Results lie
+in benchmarks/results/quality/cells; whatever is there with the right key is not run again, so the command may be
+stopped and started at will. Peers need `benchmarks/quality/peers/setup.sh` first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from benchmarks.quality.cells import LEARNING_RATES, Cell, Row, read_result, rows, wanted
+from benchmarks.quality.protocol import SEEDS
+
+ROOT = Path(__file__).parents[2]
+SHOWN = 15
+"""Lines of a failed cell's last words."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; 1 if a cell failed, 2 for a pattern that matches nothing."""
+    parser = argparse.ArgumentParser("python -m benchmarks.quality", description=__doc__.split("\n")[0])
+    parser.add_argument("--list", action="store_true", help="name the cells and say which are there")
+    parser.add_argument("--only", nargs="+", metavar="PATTERN", help="rows or cells, as in 'pico.w2.*'")
+    parser.add_argument("--seeds", type=_seeds, default=SEEDS, help="default 0,1,2")
+    parser.add_argument("--table", action="store_true", help="only write the tables of what is there")
+    parser.add_argument("--plot", action="store_true", help="only draw the plot of what is there")
+    options = parser.parse_args(arguments)
+    chosen = Choice(options.only)
+    listed = [row for row in rows() if chosen.row(row, options.seeds)]
+    if not listed:
+        print(f"nothing is called {' or '.join(options.only)}; --list names what there is", file=sys.stderr)
+        return 2
+    if options.list:
+        for row in listed:
+            list_row(row, options.seeds, chosen)
+        return 0
+    failed: list[str] = []
+    if not (options.table or options.plot):
+        for row in listed:
+            failed += run_row(row, options.seeds, chosen)
+    if options.table or not options.plot:
+        from benchmarks.quality.table import make_table
+
+        print(make_table(options.seeds))
+    if options.plot or not options.table:
+        from benchmarks.quality.plot import make_plot
+
+        print(*make_plot(options.seeds), sep="\n")
+    for name in failed:
+        print(f"failed: {name}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+class Choice:
+    """What `--only` chose; everything without it."""
+
+    def __init__(self, patterns: Sequence[str] | None):
+        self.patterns = patterns
+
+    def cell(self, cell: Cell) -> bool:
+        """Whether a cell is chosen, by its own name or its row's."""
+        return self._match(cell.name) or self._match(Row(cell.teacher, cell.setting, cell.method).name)
+
+    def row(self, row: Row, seeds: Sequence[int]) -> bool:
+        """Whether any cell is."""
+        rates = LEARNING_RATES if row.grid() else (None,)
+        return any(self.cell(cell) for lr in rates for cell in [*row.grid(), *row.cells(seeds, lr)])
+
+    def _match(self, name: str) -> bool:
+        return self.patterns is None or any(fnmatchcase(name, pattern) for pattern in self.patterns)
+
+
+def run_row(row: Row, seeds: Sequence[int], chosen: Choice) -> list[str]:
+    """Run the missing cells of a row, the grid before the seeds; names of those that failed."""
+    results: dict[Cell, Any] = {}
+    left_out: set[Cell] = set()
+    while new := [cell for cell in wanted(row, seeds, results) if cell not in results and cell not in left_out]:
+        for cell in new:
+            if (found := read_result(cell)) is None and chosen.cell(cell):
+                if not run_cell(cell):
+                    return [cell.name]
+                found = read_result(cell)
+            if found is None:
+                left_out.add(cell)
+            else:
+                results[cell] = found
+    return []
+
+
+def run_cell(cell: Cell) -> bool:
+    """Run one cell in a process of its own and say how it went."""
+    print(f"{cell.name} ...", end=" ", flush=True)
+    began = time.perf_counter()
+    asked = [cell.teacher, cell.setting, cell.method, str(cell.seed), *([] if cell.lr is None else [str(cell.lr)])]
+    command = [sys.executable, "-m", "benchmarks.quality.measure", *asked]
+    done = subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    result = read_result(cell) if done.returncode == 0 else None
+    seconds = time.perf_counter() - began
+    if result is None:
+        last = done.stdout.decode("utf-8", "replace").splitlines()[-SHOWN:]
+        print(f"failed after {seconds:.0f} s\n  " + "\n  ".join(last), flush=True)
+        return False
+    print(f"{result['bpw']:.3f} bits, KL {_kl(result)}, {seconds:.0f} s", flush=True)
+    return True
+
+
+def list_row(row: Row, seeds: Sequence[int], chosen: Choice) -> None:
+    """Name the cells of a row as far as they can be named by now."""
+    results = {cell: found for cell in row.grid() if (found := read_result(cell)) is not None}
+    for cell in wanted(row, seeds, results):
+        if chosen.cell(cell):
+            found = read_result(cell)
+            print(f"{cell.name:60} " + ("missing" if found is None else f"KL {_kl(found)}"))
+
+
+def _kl(result: Any) -> str:
+    """Both sides in four significant digits."""
+    found = {side: "not finite" if kl is None else f"{kl:#.4g}" for side, kl in result["kl"].items()}
+    return f"{found['tune']} (tune) {found['test']} (test)"
+
+
+def _seeds(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(dict.fromkeys(int(part) for part in text.split(",")))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

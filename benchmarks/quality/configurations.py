@@ -1,0 +1,64 @@
+"""a1q's own configurations: one per method and bit width, the same in every setting and on every teacher.
+
+`specs` says bits -> pattern of module names -> scheme without its bits; the first pattern that matches counts. `train`
+says which parameter sets train and each one's learning rate as a multiple of the grid's, the first set's being 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+Specs = Mapping[int, Mapping[str, Mapping[str, Any]]]
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """How one of our methods fits and trains."""
+
+    specs: Specs
+    train: Mapping[str, float] = field(default_factory=dict)
+    embedding: Mapping[str, Any] = field(default_factory=dict)
+    """The scheme of a quantized embedding, its bits included; setting `whole` only."""
+    calibrate: bool = True
+    """Whether E[x²] and E[x xᵀ] are measured first; a fit without them hangs on no seed."""
+
+
+def _ranks(mlp: int, qo: int, kv: int, **options: Any) -> dict[str, dict[str, Any]]:
+    """lut_lowrank with a rank for each kind of linear."""
+    ranks = {"*.mlp.*": mlp, "*.[qo]_proj": qo, "*.[kv]_proj": kv}
+    return {pattern: {"scheme": "lut_lowrank", "rank": rank, **options} for pattern, rank in ranks.items()}
+
+
+RANK_1: Specs = {bits: _ranks(1, 1, 1) for bits in (2, 3, 4)}
+"""2.10, 3.10 and 4.10 bits per weight on pico."""
+WIDE: Specs = {bits: _ranks(3, 2, 1) for bits in (2, 3, 4)}
+"""2.245, 3.245 and 4.245: what a scale and a zero point per group of 64 cost others, or less."""
+
+CONFIGURATIONS: dict[str, Configuration] = {
+    "a1q": Configuration(
+        RANK_1, train={"weights": 1.0, "scales": 1.0, "lut": 1.0}, embedding={"scheme": "lut_lowrank", "bits": 4}
+    ),
+    "a1q-wide": Configuration(WIDE, train={"weights": 1.0, "scales": 1.0, "lut": 1.0}),
+    "a1q-scales": Configuration(RANK_1, train={"scales": 1.0, "lut": 1.0}),
+    "a1q-published": Configuration(
+        {bits: _ranks(3, 2, 1, fit="absmax_svd") for bits in (2, 3, 4)}, train={"scales": 1.0}, calibrate=False
+    ),
+    "a1q-lut": Configuration({bits: {"*": {"scheme": "lut"}} for bits in (2, 3, 4)}, calibrate=False),
+    "rtn": Configuration(
+        {
+            bits: {
+                "*": {
+                    "scheme": "affine",
+                    "symmetric": False,
+                    "granularity": "group",
+                    "group_size": 64,
+                    "fit": "minmax",
+                }
+            }
+            for bits in (2, 3, 4)
+        },
+        calibrate=False,
+    ),
+}
