@@ -175,12 +175,12 @@ def _options(ctx: PlanContext, view: ModelView) -> Options | None:
         say = config.budget.say
         key = "bits_per_param" if config.budget.bits_per_param is not None else "bytes"
         dense = [name for name, module in view.modules.items() if module.state == DENSE and name not in owners]
-        stay = f", {', '.join(summarize(dense, 4))} among them" if dense else ""
+        stay = f": {', '.join(summarize(dense, 4))}" if dense else ""
         ctx.mismatch(
             f"budget.{key}",
             f"a budget of {say(budget, view.parameters)} can't be met: the smallest candidates of all modules come to "
             f"{say(options.extreme(min), view.parameters)}",
-            f"what is in no group takes {say(rest, view.parameters)} of that{stay}",
+            f"what is in no group takes {say(rest, view.parameters)}{stay}",
         )
     return None if problems else options
 
