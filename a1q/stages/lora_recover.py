@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 class LoraRecoverConfig:
     """See schemas/stages/lora_recover.json."""
 
+    statistics: str | None
     objective: Objective
     rank: int
     alpha: float | None
@@ -197,10 +198,12 @@ def _refit(
 ) -> bool:
     """Merge the adapters into the modules by a new fit and train scales and tables; return whether it helped."""
     from a1q.quant.module import fit_parts, naming
+    from a1q.quant.statistics import read_statistics
     from a1q.training.loop import LoopSpec, run_loop
     from a1q.training.parameters import parameter_groups
 
     config, before = ctx.config, ctx.metrics["kl_before"]
+    statistics = read_statistics(ctx.inputs.get("statistics"), chosen)
     starts: dict[str, dict[str, Any]] = {"assign": {}, "fit": {}}
     targets = {}
     for step, (name, module) in enumerate(chosen.items(), 1):
@@ -211,7 +214,8 @@ def _refit(
         parts = {part: tensor.detach().clone() for part, tensor in module.parts().items()}
         starts["assign"][name] = {**parts, "indices": module.scheme.assign(parts, target)}
         with naming(name):
-            starts["fit"][name] = fit_parts(module.scheme, target, None, ctx.seed)
+            inputs = statistics.inputs(name) if statistics else None
+            starts["fit"][name] = fit_parts(module.scheme, target, inputs, ctx.seed)
         module.drop_adapter()
         if name in latents:
             module.start_latent(target)

@@ -11,6 +11,7 @@ import torch
 from a1q.engine.artifact import Artifact
 from a1q.engine.stage import PlanContext, StageContext
 from a1q.models.checkpoint import load_model
+from a1q.quant.calibration import measure_statistics
 from a1q.quant.linear import quantized_modules
 from a1q.stages.lora_recover import LoraRecoverStage
 from tests.stages.test_train import view
@@ -74,6 +75,28 @@ def test_refit_merges_for_good_or_keeps_the_model(tmp_path: Path, inputs: dict[s
     for name, module in quantized_modules(load_model(ctx.out)):
         assert module.adapter is None and module.spec == before[name].spec
         assert not torch.equal(module.latent, before[name].latent)
+
+
+def test_refit_weighs_errors_by_statistics(
+    tmp_path: Path, inputs: dict[str, Artifact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import a1q.quant.module
+
+    model = load_model(inputs["model"].path)
+    square = measure_statistics(model, TOKENS.numpy(), tmp_path, batch_size=2)
+    given: list[torch.Tensor] = []
+    fit = a1q.quant.module.fit_parts
+
+    def fit_parts(scheme: Any, weight: torch.Tensor, known: Any, seed: int) -> Any:
+        given.append(known.gram.diagonal())
+        return fit(scheme, weight, known, seed)
+
+    monkeypatch.setattr(a1q.quant.module, "fit_parts", fit_parts)
+    statistics = Artifact("statistics", tmp_path, "s" * 64)
+    recover(tmp_path, {**inputs, "statistics": statistics}, steps=1, refit_steps=0, groups=["mlp"])
+    names = [name for name, _ in quantized_modules(model) if ".mlp." in name]
+    for name, diagonal in zip(names, given, strict=True):
+        torch.testing.assert_close(diagonal.double(), square[name], rtol=1e-5, atol=0)
 
 
 def test_refit_without_latents_starts_from_the_grid(tmp_path: Path) -> None:
