@@ -16,7 +16,7 @@ from a1q.errors import StageError
 from a1q.models.view import DENSE, ModelView
 from a1q.quant.bits import FLOAT_BITS, model_bits
 from a1q.quant.build import make_scheme
-from a1q.quant.planning import describe, planned_modules
+from a1q.quant.planning import check_statistics, describe, planned_modules
 from a1q.quant.rules import FILE, Rule
 
 if TYPE_CHECKING:
@@ -97,6 +97,7 @@ class AllocateStage(Stage):
         """Resolve the groups, try every candidate's shape, and see that the budget can be met."""
         view: ModelView = ctx.views["model"]
         options = _options(ctx, view)
+        check_statistics(ctx)
         if options is None:
             return Outcome()
         rules = {
