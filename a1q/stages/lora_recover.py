@@ -11,6 +11,7 @@ from a1q.engine.matching import summarize
 from a1q.engine.stage import Outcome, PlanContext, Stage, StageContext
 from a1q.errors import StageError
 from a1q.quant.bits import disk_bytes
+from a1q.quant.planning import check_statistics
 from a1q.training.distillation import BatchConfig, Distillation, Objective
 from a1q.training.planning import (
     activation_bytes,
@@ -76,6 +77,8 @@ class LoraRecoverStage(Stage):
         elif embeddings and not targets:
             ctx.mismatch("", "only embeddings are quantized here, and adapters are for linears", "quantize linears too")
         check_teacher(ctx, config.objective, view)
+        if config.merge == "refit":
+            check_statistics(ctx)
         if not targets:
             return Outcome(view=view)
         sizes = [module.shape for module in targets.values()]

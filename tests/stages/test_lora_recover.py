@@ -151,12 +151,21 @@ def test_kill_9_and_resume_ends_with_the_same_bytes(tmp_path: Path) -> None:
 
 
 # -- plan ------------------------------------------------------------------------------------------------------------
-def plan(states: dict[str, str], **options: Any) -> tuple[Any, list[tuple[str, str]]]:
+def plan(
+    states: dict[str, str], prepared: list[str] | None = None, **options: Any
+) -> tuple[Any, list[tuple[str, str]]]:
     problems: list[tuple[str, str]] = []
     config = stage_config("lora_recover", {"objective": {"kd": "teacher"}, **options})
     views = {"model": view(**states), "teacher": {"vocabulary": 320, "seq_len": 16, "random_negatives": 32}}
+    views |= {} if prepared is None else {"statistics": {"prepared": prepared}}
     ctx = PlanContext("recover", config, views, GROUPS, {}, lambda path, message, *_: problems.append((path, message)))
     return LoraRecoverStage().plan(ctx), problems
+
+
+def test_statistics_of_another_preparation_are_refused_where_they_are_used() -> None:
+    for prepared, merge, refused in (([], "refit", False), (["rotate"], "refit", True), (["rotate"], "adapter", False)):
+        _, problems = plan({"gate": "quantized"}, prepared, merge=merge)
+        assert [path for path, _ in problems] == ["statistics"] * refused
 
 
 def test_plan_predicts_the_adapters() -> None:
