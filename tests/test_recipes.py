@@ -38,6 +38,13 @@ MODEL_TYPES = {
 SETTINGS = {
     **dict.fromkeys(MODEL_TYPES, FAMILY),
     "q2a4": ["model.source={model}", TEXT, *SHORT],
+    "budget": [
+        "model.source={model}",
+        TEXT,
+        "stages.rules.budget.bits_per_param=6",
+        "stages.check.gate={}",
+        *(item for item in SHORT if ".ane." in item),
+    ],
     "q4": ["model.source={model}", TEXT, "stages.eval.gate={}", "stages.ane.context=128"],
     "pico": [
         "data.prose={source: builtin:prose, seq_len: 32}",
