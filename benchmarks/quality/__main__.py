@@ -20,6 +20,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from benchmarks.quality import layer
 from benchmarks.quality.cells import LEARNING_RATES, Cell, Row, read_result, rows, wanted
 from benchmarks.quality.protocol import SEEDS
 
@@ -39,17 +40,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     chosen = Choice(options.only)
     listed = [row for row in rows() if chosen.row(row, options.seeds)]
-    if not listed:
+    with_layer = chosen.match(layer.NAME)
+    if not listed and not with_layer:
         print(f"nothing is called {' or '.join(options.only)}; --list names what there is", file=sys.stderr)
         return 2
     if options.list:
         for row in listed:
             list_row(row, options.seeds, chosen)
+        if with_layer:
+            print(f"{layer.NAME:60} " + ("missing" if layer.known() is None else "there"))
         return 0
     failed: list[str] = []
     if not (options.table or options.plot):
         for row in listed:
             failed += run_row(row, options.seeds, chosen)
+        if with_layer and layer.known() is None and not run_process(layer.NAME, ["benchmarks.quality.layer"]):
+            failed.append(layer.NAME)
     if options.table or not options.plot:
         from benchmarks.quality.table import make_table
 
@@ -71,14 +77,15 @@ class Choice:
 
     def cell(self, cell: Cell) -> bool:
         """Whether a cell is chosen, by its own name or its row's."""
-        return self._match(cell.name) or self._match(Row(cell.teacher, cell.setting, cell.method).name)
+        return self.match(cell.name) or self.match(Row(cell.teacher, cell.setting, cell.method).name)
 
     def row(self, row: Row, seeds: Sequence[int]) -> bool:
         """Whether any cell is."""
         rates = LEARNING_RATES if row.grid() else (None,)
         return any(self.cell(cell) for lr in rates for cell in [*row.grid(), *row.cells(seeds, lr)])
 
-    def _match(self, name: str) -> bool:
+    def match(self, name: str) -> bool:
+        """Whether a name is."""
         return self.patterns is None or any(fnmatchcase(name, pattern) for pattern in self.patterns)
 
 
@@ -101,18 +108,29 @@ def run_row(row: Row, seeds: Sequence[int], chosen: Choice) -> list[str]:
 
 def run_cell(cell: Cell) -> bool:
     """Run one cell in a process of its own and say how it went."""
-    print(f"{cell.name} ...", end=" ", flush=True)
-    began = time.perf_counter()
     asked = [cell.teacher, cell.setting, cell.method, str(cell.seed), *([] if cell.lr is None else [str(cell.lr)])]
-    command = [sys.executable, "-m", "benchmarks.quality.measure", *asked]
-    done = subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    result = read_result(cell) if done.returncode == 0 else None
-    seconds = time.perf_counter() - began
+    if not run_process(cell.name, ["benchmarks.quality.measure", *asked]):
+        return False
+    result = read_result(cell)
     if result is None:
+        print("  its key is another now: something that it hangs on changed meanwhile", flush=True)
+        return False
+    print(f"  {result['bpw']:.3f} bits, KL {_kl(result)}", flush=True)
+    return True
+
+
+def run_process(name: str, module: Sequence[str]) -> bool:
+    """Run `python -m MODULE`; say how long it took, and its last words if it failed."""
+    print(f"{name} ...", end=" ", flush=True)
+    began = time.perf_counter()
+    command = [sys.executable, "-m", *module]
+    done = subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    seconds = time.perf_counter() - began
+    if done.returncode:
         last = done.stdout.decode("utf-8", "replace").splitlines()[-SHOWN:]
         print(f"failed after {seconds:.0f} s\n  " + "\n  ".join(last), flush=True)
         return False
-    print(f"{result['bpw']:.3f} bits, KL {_kl(result)}, {seconds:.0f} s", flush=True)
+    print(f"{seconds:.0f} s", flush=True)
     return True
 
 

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 FLOAT_BITS = 16
 """What a parameter that stays as it is costs."""
+RSS_UNIT = 1 if sys.platform == "darwin" else 1024
+"""Bytes per unit of ru_maxrss."""
 
 
 def measure(cell: Cell) -> dict[str, Any]:
@@ -40,7 +42,7 @@ def measure(cell: Cell) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="a1q-quality-") as scratch:
         job = Job(folder, SETTINGS[cell.setting], seed_tokens(folder, cell.seed), cell.seed, cell.lr, Path(scratch))
         outcome = METHODS[cell.method].run(job)
-    peak = outcome.peak_bytes or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT
+    peak = outcome.peak_bytes or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT
     teacher, student = load_model(folder), load_model(folder)
     put_weights(student, outcome.weights)
     figures = {side: evaluate_model(student, teacher, held_out(folder, side)) for side in SIDES}
@@ -83,10 +85,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {name: _finite(item) for name, item in value.items()}
     return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-_RSS_UNIT = 1 if sys.platform == "darwin" else 1024
-"""Bytes per unit of ru_maxrss."""
 
 
 def main(arguments: list[str]) -> None:

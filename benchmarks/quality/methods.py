@@ -12,8 +12,8 @@ from benchmarks.quality.settings import SETTINGS
 
 ALL = ("pico", "pico-diag", "pico-heavy")
 UNTRAINED = ("w2", "w2a4", "w3", "w4")
-HARD = ("w2", "w2-200")
-"""The settings of the teachers with outliers."""
+ASKED = {"pico-diag": ("w2",), "pico-heavy": ("w2", "w2-200")}
+"""The settings of teachers that don't take part in all."""
 
 
 @dataclass(frozen=True)
@@ -26,13 +26,13 @@ class Method:
     settings: tuple[str, ...]
     calibrated: bool = True
     """Whether it looks at the calibration tokens; one that does not, and does not train, hangs on no seed."""
-    teachers: tuple[str, ...] = ALL
+    teachers: tuple[str, ...] = ("pico",)
     version: int = 1
     """Counted up when the code behind it changes figures, so that cached cells run again."""
 
     def takes_part(self, teacher: str, setting: str) -> bool:
-        """Whether there are cells of it; teachers other than pico are for 2 bits alone."""
-        return setting in self.settings and teacher in self.teachers and (teacher == "pico" or setting in HARD)
+        """Whether there are cells of it."""
+        return setting in self.settings and teacher in self.teachers and setting in ASKED.get(teacher, self.settings)
 
     def trains(self, setting: str) -> bool:
         """Whether it gets a learning rate of the grid there."""
@@ -72,30 +72,32 @@ def _own(name: str, *settings: str, **changes: Any) -> Method:
     return Method("own", {"configuration": name}, settings, CONFIGURATIONS[name].calibrate, **changes)
 
 
-def _other(kind: str, rates: dict[str, float], teachers: tuple[str, ...] = ALL, **options: Any) -> Method:
+def _other(kind: str, rates: dict[str, float], teachers: tuple[str, ...] = ("pico",), **options: Any) -> Method:
     """SEQ or DWQ; its rates are multiples of the grid's learning rate by parameter set."""
     return Method("others", {"kind": kind, "rates": rates, **options}, ("w2-200",), calibrated=False, teachers=teachers)
 
 
-def _peer(program: str, *settings: str, **options: Any) -> Method:
-    return Method("peer", {"program": program, **options}, settings)
+def _peer(
+    program: str, *settings: str, calibrated: bool = True, teachers: tuple[str, ...] = ("pico",), **options: Any
+) -> Method:
+    return Method("peer", {"program": program, **options}, settings, calibrated, teachers)
 
 
 METHODS: dict[str, Method] = {
-    "a1q": _own("a1q", *UNTRAINED, "w2-200", "w2a4-200", "whole"),
-    "a1q-wide": _own("a1q-wide", *UNTRAINED, "w2-200"),
-    "a1q-scales": _own("a1q-scales", "w2-200", teachers=("pico",)),
-    "a1q-published": _own("a1q-published", "w2", "w4"),
+    "a1q": _own("a1q", *UNTRAINED, "w2-200", "w2a4-200", "whole", teachers=ALL),
+    "a1q-wide": _own("a1q-wide", *UNTRAINED, "w2-200", teachers=ALL),
+    "a1q-scales": _own("a1q-scales", "w2-200"),
+    "a1q-published": _own("a1q-published", "w2", "w4", teachers=ALL),
     "a1q-lut": _own("a1q-lut", "w2", "w4"),
-    "rtn": _own("rtn", *UNTRAINED),
-    "seq": _other("seq", {"weights": 1.0, "scales": 1.0}, group_size=64, start="mse"),
-    "dwq": _other("dwq", {"scales": 1.0}, teachers=("pico",), group_size=64),
-    "dwq-32": _other("dwq", {"scales": 1.0}, teachers=("pico",), group_size=32),
-    "peer:gptq": _peer("gptq", *UNTRAINED),
-    "peer:autoround": _peer("autoround", *UNTRAINED, iters=200),
+    "rtn": _own("rtn", *UNTRAINED, teachers=ALL),
+    "seq": _other("seq", {"weights": 1.0, "scales": 1.0}, teachers=ALL, group_size=64, start="mse"),
+    "dwq": _other("dwq", {"scales": 1.0}, group_size=64),
+    "dwq-32": _other("dwq", {"scales": 1.0}, group_size=32),
+    "peer:gptq": _peer("gptq", *UNTRAINED, teachers=ALL),
+    "peer:autoround": _peer("autoround", *UNTRAINED, teachers=ALL, iters=200),
     "peer:autoround-1000": _peer("autoround", "w2", iters=1000),
-    "peer:coremltools": _peer("coremltools_kmeans", "w2", "w4"),
-    "peer:coremltools-scales": _peer("coremltools_kmeans", "w2", "w4", enable_per_channel_scale=True),
+    "peer:coremltools": _peer("coremltools_kmeans", "w2", "w4", calibrated=False),
+    "peer:coremltools-scales": _peer("coremltools_kmeans", "w2", "w4", calibrated=False, enable_per_channel_scale=True),
     "peer:torchao-qat": _peer("torchao_qat", "w2-200"),
 }
 
