@@ -16,7 +16,7 @@ from a1q.errors import StageError
 from a1q.models.view import DENSE, ModelView
 from a1q.quant.bits import FLOAT_BITS, model_bits
 from a1q.quant.build import make_scheme
-from a1q.quant.planning import check_statistics, describe, planned_modules
+from a1q.quant.planning import WORKING_COPIES, check_statistics, describe, planned_modules
 from a1q.quant.rules import FILE, Rule
 
 if TYPE_CHECKING:
@@ -107,10 +107,13 @@ class AllocateStage(Stage):
         largest = max(view.modules[name].shape[0] * view.modules[name].shape[1] for name in rules)
         weights = sum(view.modules[name].shape[0] * view.modules[name].shape[1] for name in rules)
         most = max(map(len, options.candidates.values()))
+        length, config = ctx.views["statistics"].get("length", 0), view.config
+        states = 2 * ctx.config.sequences * length * config.get("hidden_size", 0)
+        logits = 5 * ctx.config.batch * length * config.get("vocab_size", 0)
         return Outcome(
             view=rules,
             disk_bytes=1000 * sum(map(len, options.candidates.values())),
-            memory_bytes=4 * (view.parameters + max(weights, (most + 12) * largest)),
+            memory_bytes=4 * (view.parameters + max(weights, (most + WORKING_COPIES) * largest) + states + logits),
             notes=tuple(_notes(ctx.config, view, options)),
         )
 

@@ -50,6 +50,7 @@ class CalibrateStage(Stage):
             view={
                 "modules": [module.name for module in measured],
                 "prepared": view.config.get(PREPARED, ()),
+                "length": length,
             },
             disk_bytes=4 * (tokens + sum(module.shape[1] for module in measured) + sum(products)),
             memory_bytes=4 * view.parameters + states + 16 * config.batch * length * broadest + sums,
