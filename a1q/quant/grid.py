@@ -66,12 +66,16 @@ def to_fp16(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", torch.float32).clamp(-FP16_MAX, FP16_MAX).to(torch.float16)
 
 
+def ascending(indices: Tensor, lut: Tensor) -> tuple[Tensor, Tensor]:
+    """(indices [out, in], lut [n, L]) with the entries of every table in ascending order, indices renamed with them."""
+    in_order, order = lut.sort(dim=1, stable=True)
+    return lookup(order.argsort(dim=1).to(torch.uint8), indices), in_order
+
+
 def snap_lut(indices: Tensor, lut: Tensor) -> tuple[Tensor, Tensor]:
     """(indices [out, in], lut [n, L]) on the CPU: tables in float16 and ascending, indices renamed with them."""
-    rounded = to_fp16(lut)
-    ascending, order = rounded.float().sort(dim=1, stable=True)
-    rank_of = order.argsort(dim=1).to(torch.uint8)
-    return lookup(rank_of, indices.cpu()), ascending.to(torch.float16)
+    indices, lut = ascending(indices.cpu(), to_fp16(lut).float())
+    return indices, lut.to(torch.float16)
 
 
 def _flat(lut: Tensor, indices: Tensor) -> Tensor:

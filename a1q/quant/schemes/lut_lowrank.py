@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from a1q.quant.importance import Inputs
+    from a1q.quant.lowrank import Fit
 
 SCALES = ("a", "g", "b")
 
@@ -33,12 +34,16 @@ class LutLowrankConfig:
     lut: str
     group_size: int
     rounds: int
+    spread: float
+    damping: float
+    sweeps: int
+    passes: int
 
 
 class LutLowrank(Scheme):
     """One table per weight and a scale of rank r, by default a row scale times a column scale."""
 
-    version = 3
+    version = 4
     Config = LutLowrankConfig
 
     def __init__(self, config: LutLowrankConfig):
@@ -72,23 +77,37 @@ class LutLowrank(Scheme):
 
     def fit(self, weight: Tensor, inputs: Inputs | None, seed: int) -> dict[str, Tensor]:
         from a1q.quant import lowrank
-        from a1q.quant.importance import importance_of, row_importance_of
+        from a1q.quant.feedback import alternate, damped
+        from a1q.quant.gram_least_squares import LowRankState
+        from a1q.quant.importance import gram_of, importance_of, row_importance_of
 
         config = self.config
         weight = weight.detach().float()
         if config.fit == "absmax_svd":
             fit = lowrank.absmax_svd(weight, config.bits, config.rank, config.group_size)
-            gain = weight.new_ones(len(weight))
-        else:
-            importance = importance_of(weight, inputs)
-            rows = row_importance_of(weight, inputs)
-            learned = config.lut == "learned"
-            fit = lowrank.als(weight, importance, config.bits, config.rank, learned, config.rounds, rows=rows)
+            return self._parts(fit, weight)
+        importance = importance_of(weight, inputs)
+        rows = row_importance_of(weight, inputs)
+        learned = config.lut == "learned"
+        fit = lowrank.als(weight, importance, config.bits, config.rank, learned, config.rounds, rows=rows)
+        gram = gram_of(weight, inputs) if config.fit == "error_feedback" else None
+        if gram is None:
             gain = lowrank.unit_gain(fit, weight, importance)
             fit.a = fit.a * gain[:, None]
-        a, g, b = lowrank.balance(fit)
+            return self._parts(fit, weight, gain)
+        h = damped(gram, config.damping)
+        start = LowRankState(weight, h, rows, fit.lut, fit.a * config.spread, fit.b, learned)
+        state, codes = alternate(weight, h, start, config.sweeps, config.passes, rows)
+        return self._parts(lowrank.Fit(codes, state.lut, state.a, state.b), None)
+
+    def _parts(self, fit: Fit, weight: Tensor | None, gain: Tensor | None = None) -> dict[str, Tensor]:
+        """The parts of a fit, with the indices nearest to `weight` where given."""
+        from a1q.quant.lowrank import balance
+
+        a, g, b = balance(fit)
+        gain = fit.a.new_ones(len(fit.a)) if gain is None else gain
         parts = {"lut": fit.lut, "a": a, "g": g, "b": b, "gain": gain}
-        return {"indices": self.assign(parts, weight), **parts}
+        return {"indices": fit.indices if weight is None else self.assign(parts, weight), **parts}
 
     def dequantize(self, parts: Mapping[str, Tensor]) -> Tensor:
         from a1q.quant.grid import lookup

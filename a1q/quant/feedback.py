@@ -1,0 +1,207 @@
+"""Codes chosen so that the errors of one column make up for those of others: error feedback, then coordinate descent.
+
+Both lower  E = Σ_i (w_i - ŵ_i)ᵀ H (w_i - ŵ_i)  with H = E[x xᵀ], the squared error of a linear's output, over the codes
+of a grid that stays as it is. Whatever the scheme, it is asked for one column's nearest codes at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import copy
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from a1q.quant.grid import safe_scale
+
+BLOCK = 64
+"""Columns whose corrections are gathered before the rest of the matrix sees them; it changes speed, not results."""
+
+
+class Grid(Protocol):
+    """The values that weights may take."""
+
+    def nearest(self, values: Tensor, column: int) -> tuple[Tensor, Tensor]:
+        """Codes uint8 [out] and values [out] of what column `column` can hold nearest to `values` [out]."""
+
+
+class TableGrid:
+    """Table entries times a scale: LUT[code] ⊙ S."""
+
+    def __init__(self, lut: Tensor, scale: Tensor | None):
+        """Take `lut` [n, L], rows ascending, table t for the t-th part of the rows; S [out, in] or None for ones."""
+        self.lut = lut
+        self.edges = (self.lut[:, 1:] + self.lut[:, :-1]) / 2
+        # columns lie side by side in a row-major matrix; here one is read at a time
+        self.scale, self.divisor = None, None
+        if scale is not None:
+            self.scale = scale.T.contiguous()
+            self.divisor = safe_scale(self.scale)
+
+    def nearest(self, values: Tensor, column: int) -> tuple[Tensor, Tensor]:
+        scaled = values if self.divisor is None else values / self.divisor[column]
+        tables = scaled.reshape(len(self.lut), -1)
+        if self.edges.shape[1] <= 16:
+            codes = (tables[..., None] > self.edges[:, None]).sum(-1)
+        else:
+            codes = torch.searchsorted(self.edges, tables.contiguous())
+        found = self.lut.gather(1, codes).reshape(-1)
+        return codes.reshape(-1).to(torch.uint8), found if self.scale is None else found * self.scale[column]
+
+
+class UniformGrid:
+    """Evenly spaced values: s (code - z), code = 0 … top."""
+
+    def __init__(self, scale: Tensor, zero: Tensor | float, top: int, columns: int):
+        """Take s [out, groups] and z, as s or one number, for groups of consecutive columns out of `columns`."""
+        self.scale, self.zero, self.top = scale, zero, top
+        self.length = columns // scale.shape[1]
+
+    def nearest(self, values: Tensor, column: int) -> tuple[Tensor, Tensor]:
+        group = column // self.length
+        scale = self.scale[:, group]
+        zero = self.zero[:, group] if isinstance(self.zero, Tensor) else self.zero
+        codes = (values / safe_scale(scale) + zero).round_().clamp_(0, self.top)
+        return codes.to(torch.uint8), scale * (codes - zero)
+
+
+def damped(gram: Tensor, damping: float) -> Tensor:
+    """H [in, in] float64 with `damping` times its mean diagonal added to the diagonal, and silent inputs at that least.
+
+    A sample of fewer tokens than inputs, or with constant or silent channels, gives a singular H; this one is definite.
+    """
+    h = gram.double()
+    mean = h.diagonal().mean()
+    level = torch.where(mean > 0, mean * damping, 1.0)
+    return (h + h.T) / 2 + level * torch.eye(len(h), dtype=h.dtype, device=h.device)
+
+
+def sweep(weight: Tensor, h: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Codes uint8 [out, in] and values [out, in] by error feedback, columns of the largest inputs first.
+
+    Column by column, a column's rounding error is spread over the columns still to come such that they make up for it
+    best: with U the upper Cholesky factor of H⁻¹, column k > j loses (w_j - ŵ_j) / U_jj · U_jk (GPTQ, Frantar et al.,
+    2022, arXiv:2210.17323, sections 3.2 and 3.3).
+
+    Args:
+        weight: [out, in].
+        h: H [in, in] float64, positive definite.
+    """
+    order = h.diagonal().argsort(descending=True, stable=True)
+    permuted = h[order][:, order]
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(permuted))
+    upper = torch.linalg.cholesky(inverse, upper=True).to(weight.dtype)
+    columns = len(order)
+    left = weight.T[order].contiguous()  # [in, out]: a column is a row here, and so contiguous
+    codes = torch.empty(left.shape, dtype=torch.uint8, device=weight.device)
+    values = torch.empty_like(left)
+    places = order.tolist()
+    for begin in range(0, columns, BLOCK):
+        end = min(begin + BLOCK, columns)
+        block, factor = left[begin:end], upper[begin:end, begin:end]
+        errors = torch.empty_like(block)
+        for i in range(end - begin):
+            codes[begin + i], values[begin + i] = grid.nearest(block[i], places[begin + i])
+            errors[i] = (block[i] - values[begin + i]) / factor[i, i]
+            if i + 1 < end - begin:
+                block[i + 1 :].addr_(factor[i, i + 1 :], errors[i], alpha=-1)
+        left[end:].addmm_(upper[begin:end, end:].T, errors, alpha=-1)
+    back = order.argsort()
+    return codes[back].T.contiguous(), values[back].T.contiguous()
+
+
+def descend(weight: Tensor, h: Tensor, grid: Grid, codes: Tensor, values: Tensor, passes: int) -> tuple[Tensor, Tensor]:
+    """Better codes [out, in] and values [out, in] by coordinate descent; no pass raises the error.
+
+    With all others held, the best value of column j is ŵ_j + ((W - Ŵ) H)_j / H_jj, and the nearest one on the grid
+    the best there (QuantEase, Behdin et al., 2023, arXiv:2309.01885). Error feedback looks only ahead; this looks at
+    both sides.
+
+    Args:
+        weight: [out, in].
+        h: H [in, in], positive definite.
+        codes: uint8 [out, in], where it starts.
+        values: [out, in], the values of `codes`.
+        passes: over all columns, at most; it ends once nothing changes.
+    """
+    h = h.to(weight.dtype)
+    diagonal = h.diagonal().tolist()
+    codes, values = codes.T.contiguous(), values.T.contiguous()
+    pull = h @ (weight.T - values)  # [in, out]: the gradient, but for its sign and a factor 2
+    columns = len(h)
+    for _ in range(passes):
+        before = codes.clone()
+        for begin in range(0, columns, BLOCK):
+            end = min(begin + BLOCK, columns)
+            block, moved = pull[begin:end], values[begin:end].clone()
+            near = h[begin:end, begin:end]
+            for i in range(end - begin):
+                place = begin + i
+                old = values[place].clone()
+                codes[place], values[place] = grid.nearest(old + block[i] / diagonal[place], place)
+                block.addr_(near[i], values[place] - old, alpha=-1)
+            moved = values[begin:end] - moved
+            pull[:begin].addmm_(h[:begin, begin:end], moved, alpha=-1)
+            pull[end:].addmm_(h[end:, begin:end], moved, alpha=-1)
+        if torch.equal(codes, before):
+            break
+    return codes.T.contiguous(), values.T.contiguous()
+
+
+class Adjustable(Protocol):
+    """A grid whose numbers can be fitted; its fields are replaced, never written into."""
+
+    def grid(self) -> Grid:
+        """The grid as it stands."""
+
+    def solve(self, codes: Tensor) -> tuple[Tensor, Tensor]:
+        """Fit the grid's numbers with `codes` [out, in] held, by least squares; return codes and values [out, in].
+
+        Codes come back renamed where the grid now counts in another order.
+        """
+
+
+State = TypeVar("State", bound=Adjustable)
+
+
+def alternate(
+    weight: Tensor,
+    h: Tensor,
+    state: State,
+    sweeps: int,
+    passes: int,
+    rows: Tensor | None = None,
+    watch: Callable[[float], None] = lambda error: None,
+) -> tuple[State, Tensor]:
+    """The state and codes uint8 [out, in] of least error among `sweeps` rounds of codes, then least squares.
+
+    Args:
+        weight: [out, in].
+        h: H [in, in] float64, positive definite.
+        state: where the grid starts.
+        passes: of coordinate descent after every sweep.
+        rows: how much each row's error counts, [out]; ones where None.
+        watch: told the error of every round.
+    """
+    best: tuple[float, State, Tensor, Tensor] | None = None
+    for _ in range(sweeps):
+        codes, values = sweep(weight, h, state.grid())
+        codes, values = descend(weight, h, state.grid(), codes, values, passes)
+        state = copy(state)
+        codes, values = state.solve(codes)
+        error = quadratic_error(weight, values, h, rows)
+        watch(error)
+        if best is None or error < best[0]:
+            best = error, state, codes, values
+    assert best is not None
+    _, state, codes, values = best
+    codes, _ = descend(weight, h, state.grid(), codes, values, passes)
+    return state, codes
+
+
+def quadratic_error(weight: Tensor, values: Tensor, h: Tensor, rows: Tensor | None = None) -> float:
+    """Σ_i r_i (w_i - ŵ_i)ᵀ H (w_i - ŵ_i), in float64 sums."""
+    difference = weight - values
+    per_row = ((difference @ h.to(difference.dtype)) * difference).double().sum(1)
+    return float(per_row.sum() if rows is None else per_row @ rows.double())
