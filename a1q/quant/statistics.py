@@ -2,6 +2,7 @@
 
     statistics.safetensors     name -> E[x²], float32 [in], of every linear
     gram-00003.safetensors     name -> E[x xᵀ], float32 [in, in], of decoder layer 3; gram-head.safetensors: of the head
+    gradients.safetensors      decoder layer -> F = E[g gᵀ], float32 [hidden, hidden]; see a1q.quant.fisher
     tokens.safetensors         tokens, int32 [n, L]: the text itself
 
 Modules with one input have one matrix; the header of `statistics.safetensors` says where each module's lies. What a
@@ -26,11 +27,11 @@ if TYPE_CHECKING:
 
     from a1q.quant.importance import Inputs
 
-FILE, TOKENS = "statistics.safetensors", "tokens.safetensors"
+FILE, TOKENS, GRADIENTS = "statistics.safetensors", "tokens.safetensors", "gradients.safetensors"
 
 
 class Statistics:
-    """A folder of statistics; E[x xᵀ] is read from disk when asked for.
+    """A folder of statistics; matrices are read from disk when asked for.
 
     Raises:
         StageError: wherever a file is missing or damaged; it names it.
@@ -47,6 +48,7 @@ class Statistics:
             self._grams: dict[str, tuple[str, str]] = {
                 name: (file, key) for name, (file, key) in facts["grams"].items()
             }
+            self._layers = frozenset(facts.get("gradients", ()))
             self._embedding = str(facts["embedding"]["name"])
             self._head = str(facts["head"])
             self._vocabulary, self._hidden = map(int, facts["embedding"]["shape"])
@@ -88,12 +90,19 @@ class Statistics:
             return None
         return Inputs(square, self._gram(name), self.counts + 1.0 if name in (self._embedding, self._head) else None)
 
+    def sensitivity(self, layer: str) -> Tensor | None:
+        """F [hidden, hidden] of the output of decoder layer `layer` (`model.layers.3`); None where it wasn't measured.
+
+        A small change δ [hidden] of those hidden states costs a KL of ½ δᵀ F δ nats per token, on average over tokens.
+        """
+        return self._matrix(GRADIENTS, layer) if layer in self._layers else None
+
     def _gram(self, name: str) -> Tensor | None:
+        return self._matrix(*self._grams[name]) if name in self._grams else None
+
+    def _matrix(self, file: str, key: str) -> Tensor:
         from safetensors import SafetensorError, safe_open
 
-        if name not in self._grams:
-            return None
-        file, key = self._grams[name]
         try:
             with safe_open(self.folder / file, framework="pt") as handle:
                 return handle.get_tensor(key)
@@ -130,6 +139,11 @@ def write_gram(folder: Path, part: str, grams: Mapping[str, Tensor]) -> str:
     return file
 
 
+def write_sensitivity(folder: Path, matrices: Mapping[str, Tensor]) -> None:
+    """Write F [hidden, hidden] of the outputs of decoder layers, by the layers' names."""
+    _save(matrices, folder / GRADIENTS)
+
+
 def write_statistics(
     folder: Path,
     square: Mapping[str, Tensor],
@@ -138,8 +152,9 @@ def write_statistics(
     embedding: tuple[str, tuple[int, int]],
     head: str,
     grams: Mapping[str, tuple[str, str]] | None = None,
+    layers: Iterable[str] = (),
 ) -> None:
-    """Write all but the files of `write_gram`.
+    """Write all but the files of `write_gram` and `write_sensitivity`.
 
     Args:
         square: name -> E[x²] [in].
@@ -147,11 +162,17 @@ def write_statistics(
         embedding: name and shape [vocabulary, hidden] of the embedding.
         head: name of the weight that the head multiplies with, the embedding where tied.
         grams: name -> (file, name in that file) of its E[x xᵀ].
+        layers: the decoder layers of `write_sensitivity`.
     """
     import torch
 
     _save({"tokens": torch.from_numpy(tokens.astype("int32"))}, folder / TOKENS)
-    facts = {"embedding": {"name": embedding[0], "shape": embedding[1]}, "head": head, "grams": dict(grams or {})}
+    facts = {
+        "embedding": {"name": embedding[0], "shape": embedding[1]},
+        "head": head,
+        "grams": dict(grams or {}),
+        "gradients": list(layers),
+    }
     _save(square, folder / FILE, {"a1q": json.dumps(facts, sort_keys=True)})
 
 

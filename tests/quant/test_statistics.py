@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import numpy as np
@@ -6,7 +7,7 @@ import torch
 
 from a1q.engine.artifact import Artifact
 from a1q.errors import StageError
-from a1q.quant.statistics import Statistics, read_statistics, write_gram, write_statistics
+from a1q.quant.statistics import Statistics, read_statistics, write_gram, write_sensitivity, write_statistics
 
 TOKENS = np.array([[1, 2, 2], [5, 2, 0]])
 
@@ -16,7 +17,9 @@ def folder(tmp_path: Path) -> Path:
     file = write_gram(tmp_path, "00000", {"q": torch.eye(4)})
     square = {"q": torch.ones(4), "k": torch.ones(4), "o": torch.arange(3.0)}
     grams = {"q": (file, "q"), "k": (file, "q")}
-    write_statistics(tmp_path, square, TOKENS, embedding=("table", (7, 3)), head="o", grams=grams)
+    write_sensitivity(tmp_path, {"layers.0": 2 * torch.eye(3, dtype=torch.float64)})
+    ends = {"embedding": ("table", (7, 3)), "head": "o"}
+    write_statistics(tmp_path, square, TOKENS, **ends, grams=grams, layers=["layers.0"])
     return tmp_path
 
 
@@ -27,6 +30,17 @@ def test_what_was_written_is_read(folder: Path) -> None:
     assert torch.equal(found.inputs("k").gram, torch.eye(4))
     assert found.inputs("o").gram is None and found.inputs("o").square.tolist() == [0, 1, 2]
     assert found.inputs("v") is None
+    assert torch.equal(found.sensitivity("layers.0"), 2 * torch.eye(3))
+    assert found.sensitivity("layers.1") is None
+
+
+def test_statistics_from_before_gradients_are_read(folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    file = folder / "statistics.safetensors"
+    facts = {"embedding": {"name": "table", "shape": (7, 3)}, "head": "o", "grams": {}}
+    save_file(load_file(file), file, metadata={"a1q": json.dumps(facts)})
+    assert Statistics(folder).sensitivity("layers.0") is None
 
 
 def test_rows_of_tokens_count_as_often_as_the_tokens_occur(folder: Path) -> None:
@@ -45,7 +59,9 @@ def test_matrices_are_read_only_when_asked_for(folder: Path) -> None:
         found.inputs("q")
 
 
-@pytest.mark.parametrize("name", ["statistics.safetensors", "tokens.safetensors", "gram-00000.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["statistics.safetensors", "tokens.safetensors", "gram-00000.safetensors", "gradients.safetensors"]
+)
 @pytest.mark.parametrize("damage", ["gone", "cut", "other"])
 def test_damage_is_named(folder: Path, name: str, damage: str) -> None:
     from safetensors.torch import save_file
@@ -60,6 +76,7 @@ def test_damage_is_named(folder: Path, name: str, damage: str) -> None:
     with pytest.raises(StageError, match=name.replace(".", r"\.")):
         found = Statistics(folder)
         found.inputs("q")
+        found.sensitivity("layers.0")
         found.counts  # noqa: B018
 
 
