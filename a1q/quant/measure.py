@@ -15,9 +15,13 @@ if TYPE_CHECKING:
 
 
 def relative_error(weight: Tensor, approximation: Tensor, inputs: Inputs | None) -> tuple[float, float]:
-    """(Σ h (W - Ŵ)², Σ h W²) in float64; h = E[x²] [in], or ones."""
+    """(E|(W - Ŵ) x|², E|W x|²) in float64, as far as `inputs` are known: E[x xᵀ], else E[x²], else all alike."""
     weight, approximation = weight.cpu().double(), approximation.cpu().double()
-    wrong, whole = (weight - approximation).square(), weight.square()
+    difference = weight - approximation
+    if inputs is not None and inputs.gram is not None:
+        gram = inputs.gram.cpu().double()
+        return float(((difference @ gram) * difference).sum()), float(((weight @ gram) * weight).sum())
+    wrong, whole = difference.square(), weight.square()
     if inputs is not None:
         h = inputs.square.cpu().double()
         wrong, whole = wrong * h, whole * h

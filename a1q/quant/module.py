@@ -94,8 +94,9 @@ class QuantModule(nn.Module):
         """
         assert isinstance(module.weight, Tensor)
         weight = module.weight.detach().float()
-        parts = fit_parts(make_scheme(spec), weight, cls.importance(inputs), seed)
-        return cls.in_place_of(module, spec, parts, weight.clone() if keep_latent else None)
+        scheme = make_scheme(spec)
+        parts = fit_parts(scheme, weight, cls.importance(inputs), seed)
+        return cls.in_place_of(module, spec, parts, latent_for(scheme, parts, weight) if keep_latent else None)
 
     @classmethod
     def importance(cls, inputs: Inputs | None) -> Inputs | None:
@@ -261,6 +262,15 @@ def naming(module: str) -> Iterator[None]:
         yield
     except (StageError, ValueError) as error:
         raise StageError(f"{module}: {error}") from error
+
+
+def latent_for(scheme: Scheme, parts: Mapping[str, Tensor], weight: Tensor) -> Tensor:
+    """Latent weights [out, in] that mean the indices of `parts`: `weight` where its nearest index is that one, else Ŵ.
+
+    Fits that feed errors back choose indices that are not the nearest to the weight.
+    """
+    agree = scheme.assign(parts, weight) == parts["indices"]
+    return torch.where(agree, weight, scheme.dequantize(parts))
 
 
 def quantized_modules(model: nn.Module) -> Iterator[tuple[str, QuantModule]]:

@@ -181,7 +181,9 @@ class _Planner:
         for family, name in (("stages", spec.type), *(use for use in spec.uses if use[0] == "exporters")):
             for dotted, value in self.registry.schema(family, name).get("x-a1q", {}).get("smoke", {}).items():
                 *above, last = dotted.split(".")
-                functools.reduce(lambda node, part: node[part], above, options)[last] = copy.deepcopy(value)
+                place = functools.reduce(lambda node, part: node and node[part], above, options)
+                if place is not None:  # a mapping that is null has nothing to make small
+                    place[last] = copy.deepcopy(value)
         return options
 
 

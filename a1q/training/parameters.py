@@ -35,10 +35,15 @@ def parameter_groups(
 ) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
     """Freeze `model` but for the named sets of `modules`.
 
-    A part that belongs to two sets (g: to scales and magnitudes) trains with the first that names it.
+    A part that belongs to two sets (g: to scales and magnitudes) trains with the first that names it. Learning rates
+    are relative to what they move: of weights to the distance between levels, of all else to its rms. Adam's steps are
+    about as long as its learning rate, so one rate serves all bit widths, schemes and layers.
+
+    Args:
+        rates: set name -> learning rate in such units.
 
     Returns:
-        The optimizer's groups, one per set that has parameters, and the trained parameters by name.
+        The optimizer's groups, one per parameter, and the trained parameters by name.
 
     Raises:
         StageError: if nothing is left to train.
@@ -46,6 +51,7 @@ def parameter_groups(
     model.requires_grad_(False)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     modules = list(modules)
+    units = {id(module.latent): level_distance(module) for module in modules if module.latent is not None}
     groups: list[dict[str, Any]] = []
     state: dict[str, Tensor] = {}
     for set_name in sets:
@@ -55,11 +61,22 @@ def parameter_groups(
             found = [parameter for module in modules for parameter in module.trainable(set_name)]
         new = [parameter for parameter in found if names[id(parameter)] not in state]
         state |= {names[id(parameter)]: parameter.requires_grad_(True) for parameter in new}
-        if new:
-            groups.append({"name": set_name, "params": new, "lr": rates[set_name]})
+        for parameter in new:
+            rate = rates[set_name] * units.get(id(parameter), rms(parameter))
+            groups.append({"name": set_name, "params": [parameter], "lr": rate})
     if not groups:
         raise StageError(f"there is nothing to train: no module has parameters in {', '.join(sets)}")
     return groups, state
+
+
+def level_distance(module: QuantModule) -> float:
+    """About how far apart the levels of a module's grid are: 2**bits of them over four times the rms of Ŵ."""
+    return rms(module.dequantize()) * 4 / 2 ** module.spec["bits"]
+
+
+def rms(tensor: Tensor) -> float:
+    """Root of the mean square, of a parameter that may be a scale or a gain."""
+    return float(tensor.detach().float().square().mean().sqrt())
 
 
 def set_aside_latents(modules: Mapping[str, QuantModule]) -> dict[str, Tensor]:
