@@ -68,11 +68,20 @@ class BlockStream:
         with torch.no_grad(), _replaced(self._blocks, lambda _index, _hidden, _rest, _named: states):
             return self._decoder(input_ids=self._ids[number].to(self.device), use_cache=False).last_hidden_state
 
-    def logits(self, hidden: Tensor, number: int) -> Tensor:
-        """The model's logits [b, L, V] where `hidden` of batch `number` has passed the last layer; for inference."""
-        states = hidden.to(self.device)
-        with torch.inference_mode(), _replaced(self._blocks, lambda _index, _hidden, _rest, _named: states):
-            return self._model(input_ids=self._ids[number].to(self.device), use_cache=False).logits
+    def logits(self, hidden: Tensor, number: int, positions: slice = slice(None)) -> Tensor:
+        """The model's logits [b, l, V] where `hidden` [b, l, hidden] of batch `number` has passed the last layer.
+
+        They are differentiable where `hidden` requires a gradient.
+
+        Args:
+            positions: which l of the L positions these are.
+        """
+        states, ids = hidden.to(self.device), self._ids[number][:, positions].to(self.device)
+        with (
+            torch.set_grad_enabled(hidden.requires_grad),
+            _replaced(self._blocks, lambda _index, _hidden, _rest, _named: states),
+        ):
+            return self._model(input_ids=ids, use_cache=False).logits
 
     def _enter(self, ids: Tensor) -> Tensor:
         """The input of the first layer; what layers take beside it is kept, once per size of a batch."""

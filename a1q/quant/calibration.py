@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from a1q.errors import StageError
 from a1q.models.blocks import BlockStream
-from a1q.quant.statistics import write_gram, write_statistics
+from a1q.quant.fisher import fisher_information
+from a1q.quant.importance import Inputs
+from a1q.quant.statistics import write_gram, write_sensitivity, write_statistics
 from a1q.quant.tied import TiedHead
 
 if TYPE_CHECKING:
@@ -67,6 +69,8 @@ def measure_statistics(
     *,
     batch_size: int,
     gram: bool = True,
+    gradient_sequences: int = 0,
+    seed: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Tensor]:
     """Run `model` over `tokens` (integers [n, L]) and write what `a1q.quant.statistics.Statistics` reads.
@@ -74,18 +78,23 @@ def measure_statistics(
     Args:
         folder: of the files; those of one decoder layer are written before the next one runs.
         gram: whether E[x xᵀ] is measured too.
+        gradient_sequences: the first so many sequences are those that F is measured on, see `a1q.quant.fisher`.
+        seed: of the labels that F needs.
         progress: called with (steps done, steps in all).
 
     Returns:
         Name -> E[x²] [in], float64.
 
     Raises:
-        StageError: if an activation is not finite, naming the module; if the model has no decoder layers.
+        StageError: if an activation or a gradient is not finite, naming the module or the layer; if the model has no
+            decoder layers.
     """
     embedding, head = _ends(model)
     stream = BlockStream(model, tokens, batch_size)
-    batches = len(stream.hidden)
-    total = (len(stream.names) + 1) * batches
+    layers, batches = stream.names, len(stream.hidden)
+    first = tokens[:gradient_sequences]
+    before_gradients = (len(layers) + 1) * batches
+    total = before_gradients + len(layers) * len(range(0, len(first), batch_size))
     square: dict[str, Tensor] = {}
     grams: dict[str, tuple[str, str]] = {}
 
@@ -96,7 +105,7 @@ def measure_statistics(
             file = write_gram(folder, part, products)
             grams.update({name: (file, owner) for name, owner in sums.same.items()})
 
-    for index, name in enumerate(stream.names):
+    for index, name in enumerate(layers):
         sums = _Sums(gram)
         with _listening(model.get_submodule(name), f"{name}.", sums) as forget:
 
@@ -109,12 +118,39 @@ def measure_statistics(
     sums = _Sums(gram)
     for number in range(batches):
         sums.add(head, stream.leave(number))
-        progress(total - batches + number + 1, total)
+        progress(before_gradients - batches + number + 1, total)
     keep(sums, "head")
+    del stream  # and the states of all sequences
+    if len(first):
+        matrices = fisher_information(
+            model,
+            first,
+            batch_size=batch_size,
+            seed=seed,
+            progress=lambda done: progress(before_gradients + done, total),
+        )
+        write_sensitivity(folder, matrices)
     table = model.get_input_embeddings()
     shape = (table.num_embeddings, table.embedding_dim)
-    write_statistics(folder, square, tokens, embedding=(embedding, shape), head=head, grams=grams)
+    measured = layers if len(first) else ()
+    write_statistics(folder, square, tokens, embedding=(embedding, shape), head=head, grams=grams, layers=measured)
     return square
+
+
+def measure_layer(model: Any, stream: BlockStream, index: int) -> dict[str, Inputs]:
+    """Module name -> what each linear of decoder layer `index` is multiplied with, `stream.hidden` being its input.
+
+    Raises:
+        StageError: if an activation is not finite, naming the module.
+    """
+    name = stream.names[index]
+    sums = _Sums(with_gram=True)
+    with torch.no_grad(), _listening(model.get_submodule(name), f"{name}.", sums) as forget:
+        for number, hidden in enumerate(stream.hidden):
+            stream.run(index, hidden, number)
+            forget()
+    square, grams = sums.means()
+    return {name: Inputs(square[name].float(), grams[owner]) for name, owner in sums.same.items()}
 
 
 @contextmanager
