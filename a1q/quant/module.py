@@ -184,7 +184,7 @@ class QuantModule(nn.Module):
         target = target.detach().float()
         self.set_scheme(spec, fit_parts(make_scheme(spec), target, self.importance(inputs), seed), target)
 
-    def set_scheme(self, spec: Mapping[str, Any], parts: Mapping[str, Tensor], latent: Tensor) -> None:
+    def set_scheme(self, spec: Mapping[str, Any], parts: Mapping[str, Tensor], latent: Tensor | None = None) -> None:
         """Put a scheme, this one or another, and its parts in place; a latent, where kept, becomes `latent`."""
         self.spec = complete(spec)
         self.scheme = make_scheme(self.spec)

@@ -11,10 +11,12 @@ from a1q.engine.stage import Outcome, PlanContext, Stage, StageContext
 from a1q.models.view import DENSE, QUANTIZED, ModelView, ModuleView
 from a1q.quant.bits import disk_bytes
 from a1q.quant.planning import check_statistics, fit_memory, notes, planned_modules
+from a1q.training.reconstruction import ReconstructConfig, check_reconstruction
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from a1q.quant.importance import Inputs
     from a1q.quant.module import QuantModule
 
 PUBLISHED = "lut_lowrank"
@@ -32,11 +34,14 @@ class ConvertConfig:
     teacher: str | None
     teacher_model: Any
     kl_sequences: int
+    sequential: bool
+    reconstruct: ReconstructConfig | None
 
 
 class ConvertStage(Stage):
     """Fit new parts to the latent or the quantized weights of every module named."""
 
+    version = 2
     Config = ConvertConfig
 
     def plan(self, ctx: PlanContext) -> Outcome:
@@ -45,6 +50,7 @@ class ConvertStage(Stage):
         owners = resolve_rules(ctx, ctx.config.rules, "rules", view)
         changed = _planned(ctx, view, owners)
         check_statistics(ctx)
+        check_reconstruction(ctx)
         result = view.replace(changed)
         lines = notes(result, changed, owners) if changed else ()
         without = [name for name in changed if not view.modules[name].latent]
@@ -58,12 +64,12 @@ class ConvertStage(Stage):
         )
 
     def run(self, ctx: StageContext) -> None:
-        """Fit module by module, measure before and after, write the model."""
+        """Fit in model order, measure before and after, write the model."""
         from a1q.models.checkpoint import load_model, save_model
         from a1q.models.view import read_view
-        from a1q.quant.measure import error_by_group, relative_error, report_bits
-        from a1q.quant.module import naming, quantized_modules
+        from a1q.quant.measure import error_by_group, report_bits
         from a1q.quant.statistics import measured_modules, read_statistics
+        from a1q.training.blockwise import fit_in_order
         from a1q.training.device import prepare_torch
 
         source = ctx.inputs["model"]
@@ -75,35 +81,56 @@ class ConvertStage(Stage):
         changed = _planned(plan, view, owners)
         statistics = read_statistics(ctx.inputs["statistics"], measured_modules(view, changed))
         model = load_model(source.path, device=device)
-        modules = dict(quantized_modules(model))
         measure = _kl_meter(ctx, device)
         if measure is not None:
             ctx.metrics["kl_before"] = measure(model)
-        before, after = [], []
-        for step, (name, planned) in enumerate(changed.items(), 1):
-            module = modules[name]
-            inputs = statistics.inputs(name) if statistics else None
-            target = _target(module, ctx.config.target)
-            present = module.dequantize() + module.adapter_delta()
-            before.append((owners[name], *relative_error(target, present, inputs)))
-            assert planned.scheme is not None
-            module.drop_adapter()
-            if ctx.config.method == "published":
-                _refit_published(module, planned.scheme, target, ctx.seed)
-            else:
-                with naming(name):
-                    module.refit(planned.scheme, target, inputs, ctx.seed)
-            after.append((owners[name], *relative_error(target, module.dequantize(), inputs)))
-            ctx.progress(step, len(changed))
+        fitter = _Fitter(model, changed, ctx.config, ctx.seed)
+        found = fit_in_order(ctx, model, list(changed), fitter, statistics, ctx.config, {"model": source.digest})
         if measure is not None:
             ctx.metrics["kl_after"] = measure(model)
         save_model(model, ctx.out, tokenizer_from=source.path)
         ctx.metrics.update(
             modules=len(changed),
-            error_before=error_by_group(before),
-            error_after=error_by_group(after),
+            error_before=error_by_group((owners[name], *error) for name, error in fitter.before.items()),
+            error_after=error_by_group((owners[name], *error) for name, error in fitter.after.items()),
+            **found,
             **report_bits(ctx.out),
         )
+
+
+class _Fitter:
+    """Fits quantized modules anew, in their places."""
+
+    def __init__(self, model: Any, planned: Mapping[str, ModuleView], config: ConvertConfig, seed: int):
+        self.model, self.planned, self.config, self.seed = model, planned, config, seed
+        self.before: dict[str, tuple[float, float]] = {}
+        self.after: dict[str, tuple[float, float]] = {}
+
+    def fit(self, name: str, inputs: Inputs | None) -> None:
+        from a1q.quant.measure import relative_error
+        from a1q.quant.module import naming
+
+        module, scheme = self._module(name)
+        target = _target(module, self.config.target)
+        self.before[name] = relative_error(target, module.dequantize() + module.adapter_delta(), inputs)
+        module.drop_adapter()
+        if self.config.method == "published":
+            _refit_published(module, scheme, target, self.seed)
+        else:
+            with naming(name):
+                module.refit(scheme, target, inputs, self.seed)
+        self.after[name] = relative_error(target, module.dequantize(), inputs)
+
+    def restore(self, name: str, parts: Mapping[str, Tensor], latent: Tensor | None) -> None:
+        module, scheme = self._module(name)
+        module.drop_adapter()
+        module.set_scheme(scheme, parts, latent)
+
+    def _module(self, name: str) -> tuple[QuantModule, Mapping[str, Any]]:
+        """The module and the scheme it gets."""
+        scheme = self.planned[name].scheme
+        assert scheme is not None
+        return self.model.get_submodule(name), scheme
 
 
 def _planned(ctx: PlanContext, view: ModelView, owners: Mapping[str, str]) -> dict[str, ModuleView]:
