@@ -18,12 +18,10 @@ from torch import Tensor, nn
 
 from a1q.errors import StageError
 from a1q.models.blocks import BlockStream
+from a1q.quant.planning import LOGITS
 
 if TYPE_CHECKING:
     from numpy import ndarray
-
-LOGITS = 16 << 20
-"""Logits computed at a time: 64 MiB in float32. A batch of more is cut along its positions."""
 
 
 def fisher_information(

@@ -14,6 +14,8 @@ from a1q.quant.build import complete, make_scheme
 
 WORKING_COPIES = 12
 """Buffers of the size of the largest weight, in float32, that a fit keeps at its peak."""
+LOGITS = 16 << 20
+"""Logits that `a1q.quant.fisher` computes at a time (64 MiB in float32): those of some positions of a batch."""
 
 
 def planned_modules(

@@ -1,4 +1,4 @@
-"""`calibrate`: E[x²] and E[x xᵀ] of what every linear layer is multiplied with, a tied head included."""
+"""`calibrate`: what every linear layer is multiplied with (E[x²], E[x xᵀ]), and what changes between layers cost."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from a1q.engine.stage import Outcome, PlanContext, Stage, StageContext
-from a1q.models.view import PREPARED, ModuleView
+from a1q.models.view import PREPARED, ModelView, ModuleView
+from a1q.quant.planning import LOGITS
 from a1q.quant.statistics import measured_modules
 
 SHARED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
@@ -22,12 +23,22 @@ class CalibrateConfig:
     sequences: int
     batch: int
     gram: bool
+    gradients: bool
+    gradient_sequences: int
+
+    @property
+    def sampled(self) -> int:
+        """Sequences that gradients are measured on."""
+        return min(self.gradient_sequences, self.sequences) if self.gradients else 0
 
 
 class CalibrateStage(Stage):
-    """Run the model over text, decoder layer by decoder layer, and keep second moments of what every linear sees."""
+    """Run the model over text, decoder layer by decoder layer, and keep second moments of what every linear sees.
 
-    version = 3
+    With `gradients` also the Fisher information of the states between layers (`a1q.quant.fisher`).
+    """
+
+    version = 4
     Config = CalibrateConfig
 
     def plan(self, ctx: PlanContext) -> Outcome:
@@ -40,20 +51,25 @@ class CalibrateStage(Stage):
         broadest = max((max(module.shape) for module in measured if module.kind == "linear"), default=0)
         layers = _grams(measured) if config.gram else {}
         products = [sum(columns**2 for columns in layer.values()) for layer in layers.values()]
+        hidden, depth = (view.config.get(key, 0) for key in ("hidden_size", "num_hidden_layers"))
         notes = [f"{len(measured)} modules over {tokens:,} tokens"]
-        if config.gram and tokens < widest:
-            notes.append(_too_few(tokens, widest))
-        states = 4 * tokens * view.config.get("hidden_size", 0)
+        if config.sampled:
+            notes.append(f"gradients at {depth} decoder layers over {config.sampled * length:,} tokens")
+        notes += _warnings(config, length, widest, hidden)
+        states = 4 * tokens * hidden
         # sums in float64 with one product before it is added, and what is written in float32
         sums = 16 * max(products, default=0) + 12 * widest**2 * config.gram
+        inputs = states + 16 * config.batch * length * broadest + sums
+        gradients = _gradient_memory(view, measured, min(config.batch, config.sampled), length)
+        stored = tokens + sum(module.shape[1] for module in measured) + sum(products)
         return Outcome(
             view={
                 "modules": [module.name for module in measured],
                 "prepared": view.config.get(PREPARED, ()),
                 "length": length,
             },
-            disk_bytes=4 * (tokens + sum(module.shape[1] for module in measured) + sum(products)),
-            memory_bytes=4 * view.parameters + states + 16 * config.batch * length * broadest + sums,
+            disk_bytes=4 * (stored + depth * hidden**2 * bool(config.sampled)),
+            memory_bytes=4 * view.parameters + max(inputs, gradients),
             notes=tuple(notes),
         )
 
@@ -64,24 +80,27 @@ class CalibrateStage(Stage):
         from a1q.quant.calibration import measure_statistics
         from a1q.training.device import prepare_torch
 
-        model = ctx.inputs["model"]
-        assert model is not None
+        source = ctx.inputs["model"]
+        assert source is not None
         device = prepare_torch(ctx.runtime, ctx.seed)
         entry: Any = ctx.data[ctx.config.data]
         length = entry.config["seq_len"]
-        tokens = token_sequences(entry.config, model.path, "train", length, ctx.config.sequences, ctx.seed)
+        tokens = token_sequences(entry.config, source.path, "train", length, ctx.config.sequences, ctx.seed)
+        model = load_model(source.path, device=device)
         values = measure_statistics(
-            load_model(model.path, device=device),
+            model,
             tokens,
             ctx.out,
             batch_size=ctx.config.batch,
             gram=ctx.config.gram,
+            gradient_sequences=ctx.config.sampled,
+            seed=ctx.seed,
             progress=ctx.progress,
         )
         widest = max(len(value) for value in values.values())
-        if ctx.config.gram and tokens.size < widest:
-            ctx.log(f"WARNING: {_too_few(tokens.size, widest)}")
-        ctx.meta.update(model=model.digest, data=entry.digest, tokens=int(tokens.size))
+        for warning in _warnings(ctx.config, length, widest, model.config.hidden_size):
+            ctx.log(f"WARNING: {warning}")
+        ctx.meta.update(model=source.digest, data=entry.digest, tokens=int(tokens.size))
         ctx.metrics.update(modules=len(values), tokens=int(tokens.size))
 
 
@@ -95,8 +114,33 @@ def _grams(modules: Iterable[ModuleView]) -> dict[str, dict[tuple[str, str], int
     return layers
 
 
-def _too_few(tokens: int, widest: int) -> str:
-    return (
-        f"{tokens:,} tokens say little of how {widest:,} inputs of the widest linear go together: "
-        "fits fall back on what each says alone; raise `sequences`"
-    )
+def _gradient_memory(view: ModelView, measured: Iterable[ModuleView], batch: int, length: int) -> int:
+    """Peak bytes beside the model while gradients of batches of `batch` sequences are measured; 0 for no sequences."""
+    hidden, depth, vocabulary = (view.config.get(key, 0) for key in ("hidden_size", "num_hidden_layers", "vocab_size"))
+    # a layer keeps about what its linears take and give; half of that comes on top on the way back
+    layers: dict[str, int] = {}
+    for module in measured:
+        layer = module.name.rpartition(".")[0].rpartition(".")[0]
+        layers[layer] = layers.get(layer, 0) + sum(module.shape) * bool(layer)
+    block = 6 * batch * length * max(layers.values(), default=0)
+    # logits, their exponentials and sums of those, and what a soft cap keeps
+    logits = 24 * min(max(LOGITS, batch * vocabulary), batch * length * vocabulary)
+    boundaries = 4 * batch * length * hidden * (depth + 1)
+    return (8 * depth * hidden**2 + boundaries + max(block, logits)) * bool(batch)
+
+
+def _warnings(config: CalibrateConfig, length: int, widest: int, hidden: int) -> list[str]:
+    """What is measured on too little text, of sequences of `length` tokens."""
+    found = []
+    tokens, sampled = config.sequences * length, config.sampled * length
+    if config.gram and tokens < widest:
+        found.append(
+            f"{tokens:,} tokens say little of how {widest:,} inputs of the widest linear go together: "
+            "fits fall back on what each says alone; raise `sequences`"
+        )
+    if config.gradients and sampled < hidden:
+        found.append(
+            f"gradients of {sampled:,} tokens say little of {hidden:,} hidden channels: "
+            f"raise `{'gradient_sequences' if config.sampled < config.sequences else 'sequences'}`"
+        )
+    return found

@@ -11,6 +11,8 @@ from a1q.engine.artifact import Artifact
 from a1q.engine.stage import DataEntry
 from a1q.errors import StageError
 from a1q.models.checkpoint import load_model
+from a1q.models.view import ModelView
+from a1q.quant.fisher import fisher_information
 from a1q.quant.statistics import Statistics, read_statistics
 from tests.stages.quantizing import MLP4, plan, run, view_of
 from tests.tiny import TEXT, tiny_folder
@@ -38,9 +40,11 @@ def data_bytes(folder: Path) -> int:
     return sum(file.stat().st_size - 8 - int.from_bytes(file.read_bytes()[:8], "little") for file in files)
 
 
-@pytest.mark.parametrize("gram", [True, False])
-def test_what_is_written_was_planned(tmp_path: Path, source: Artifact, text: dict[str, DataEntry], gram: bool) -> None:
-    options = {**OPTIONS, "gram": gram}
+@pytest.mark.parametrize(("gram", "gradients"), [(True, True), (True, False), (False, True), (False, False)])
+def test_what_is_written_was_planned(
+    tmp_path: Path, source: Artifact, text: dict[str, DataEntry], gram: bool, gradients: bool
+) -> None:
+    options = {**OPTIONS, "gram": gram, "gradients": gradients}
     outcome, problems = plan("calibrate", {"model": view_of(source)}, options, text)
     assert problems == []
     made, ctx = run("calibrate", tmp_path, {"model": source}, options, text)
@@ -49,10 +53,45 @@ def test_what_is_written_was_planned(tmp_path: Path, source: Artifact, text: dic
     assert outcome.disk_bytes == data_bytes(made.path)
     names = {file.name for file in made.path.iterdir()}
     grams = {"gram-00000.safetensors", "gram-00001.safetensors", "gram-head.safetensors"} if gram else set()
-    assert names == {"statistics.safetensors", "tokens.safetensors", *grams}
+    fisher = {"gradients.safetensors"} if gradients else set()
+    assert names == {"statistics.safetensors", "tokens.safetensors", *grams, *fisher}
+    for layer in ("model.layers.0", "model.layers.1"):
+        matrix = found.sensitivity(layer)
+        assert (matrix.shape == (64, 64) and matrix.diagonal().min() > 0) if gradients else matrix is None
+    notes = [note for note in outcome.notes if "gradients" in note]
+    assert notes == (["gradients at 2 decoder layers over 96 tokens"] if gradients else [])
     assert ctx.meta["tokens"] == 96 == found.tokens.size
     again, _ = run("calibrate", tmp_path / "again", {"model": source}, options, text)
     assert all((again.path / name).read_bytes() == (made.path / name).read_bytes() for name in names)
+
+
+def test_gradients_are_those_of_the_first_sequences_with_labels_of_the_seed(
+    tmp_path: Path, source: Artifact, text: dict[str, DataEntry]
+) -> None:
+    made, _ = run("calibrate", tmp_path, {"model": source}, {**OPTIONS, "gradient_sequences": 3}, text)
+    found = Statistics(made.path)
+    model = load_model(source.path)
+    expected = fisher_information(model, found.tokens[:3], batch_size=4, seed=7)
+    assert all(torch.equal(found.sensitivity(name), matrix) for name, matrix in expected.items())
+
+
+@pytest.mark.parametrize(
+    ("options", "remedy"),
+    [
+        ({"sequences": 3}, "gradients of 48 tokens say little of 64 hidden channels: raise `sequences`"),
+        (
+            {"gradient_sequences": 2},
+            "gradients of 32 tokens say little of 64 hidden channels: raise `gradient_sequences`",
+        ),
+        ({"gradient_sequences": 4}, None),
+        ({"sequences": 3, "gradients": False}, None),
+    ],
+)
+def test_gradients_of_few_tokens_are_told(
+    source: Artifact, text: dict[str, DataEntry], options: dict[str, Any], remedy: str | None
+) -> None:
+    outcome, _ = plan("calibrate", {"model": view_of(source)}, {**OPTIONS, **options}, text)
+    assert [note for note in outcome.notes if "say little of 64" in note] == ([] if remedy is None else [remedy])
 
 
 def test_few_tokens_are_told(tmp_path: Path, source: Artifact, text: dict[str, DataEntry]) -> None:
@@ -92,11 +131,22 @@ def test_bad_activations_are_named(tmp_path: Path, text: dict[str, DataEntry]) -
         run("calibrate", tmp_path / "out", {"model": Artifact("model", folder, "b" * 64)}, OPTIONS, text)
 
 
+def memory(view: ModelView, text: dict[str, DataEntry], **options: Any) -> int:
+    return plan("calibrate", {"model": view}, {**OPTIONS, **options}, text)[0].memory_bytes
+
+
 def test_memory_is_the_model_and_one_block(source: Artifact, text: dict[str, DataEntry]) -> None:
     view = view_of(source)
-    needed = [
-        plan("calibrate", {"model": view}, {**OPTIONS, "sequences": sequences}, text)[0].memory_bytes
-        for sequences in (6, 106)
-    ]
+    needed = [memory(view, text, sequences=sequences, gradients=False) for sequences in (6, 106)]
     assert needed[1] - needed[0] == 100 * 16 * 64 * 4
     assert needed[0] > 4 * view.parameters + np.square([64, 64, 96, 96]).sum() * 8
+
+
+def test_memory_of_gradients_depends_on_the_batch_and_not_on_the_text(
+    source: Artifact, text: dict[str, DataEntry]
+) -> None:
+    view = view_of(source)
+    few, many = (memory(view, text, sequences=n, gradient_sequences=n, gram=False, batch=4) for n in (6, 12))
+    assert few == many
+    assert memory(view, text, gram=False, batch=4) == few > memory(view, text, gram=False, batch=2)
+    assert few >= 4 * view.parameters + 2 * 8 * 64**2 + 4 * 4 * 16 * (320 * 3 + 64 * 3)
