@@ -265,12 +265,15 @@ def naming(module: str) -> Iterator[None]:
 
 
 def latent_for(scheme: Scheme, parts: Mapping[str, Tensor], weight: Tensor) -> Tensor:
-    """Latent weights [out, in] that mean the indices of `parts`: `weight` where its nearest index is that one, else Ŵ.
+    """Latent weights [out, in] that mean the indices of `parts`: `weight` if they are the nearest to it, else Ŵ.
 
-    Fits that feed errors back choose indices that are not the nearest to the weight.
+    Fits that feed errors back choose indices that are not the nearest. Latents then start on the grid, all of them: one
+    that starts near the edge of its cell would cross it at the first noise, and errors that make up for each other only
+    do so together.
     """
-    agree = scheme.assign(parts, weight) == parts["indices"]
-    return torch.where(agree, weight, scheme.dequantize(parts))
+    if torch.equal(scheme.assign(parts, weight), parts["indices"]):
+        return weight.clone()
+    return scheme.dequantize(parts)
 
 
 def quantized_modules(model: nn.Module) -> Iterator[tuple[str, QuantModule]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from a1q.engine.matching import resolve_rules, summarize
 from a1q.engine.stage import Outcome, PlanContext, Stage, StageContext
@@ -14,12 +14,6 @@ from a1q.quant.bits import disk_bytes
 from a1q.quant.planning import check_statistics, fit_memory, notes, planned_modules
 from a1q.quant.rules import Rule, read_rules
 from a1q.training.reconstruction import ReconstructConfig, check_reconstruction
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from a1q.quant.importance import Inputs
-    from a1q.quant.module import QuantModule
 
 
 @dataclass(frozen=True)
@@ -64,6 +58,7 @@ class QuantizeStage(Stage):
         """Fit in model order and write the model."""
         from a1q.models.checkpoint import load_model, save_model
         from a1q.models.view import read_view
+        from a1q.quant.fitter import DenseFitter
         from a1q.quant.measure import error_by_group, report_bits
         from a1q.quant.statistics import measured_modules, read_statistics
         from a1q.training.blockwise import fit_in_order
@@ -80,50 +75,12 @@ class QuantizeStage(Stage):
         changed = _planned(plan, view, rules)
         statistics = read_statistics(ctx.inputs["statistics"], measured_modules(view, changed))
         model = load_model(source.path, device=device)
-        fitter = _Fitter(model, changed, ctx.seed)
+        specs = {name: module.scheme for name, module in changed.items() if module.scheme}
+        fitter = DenseFitter(model, specs, {name for name, module in changed.items() if module.latent}, ctx.seed)
         found = fit_in_order(ctx, model, list(changed), fitter, statistics, config, {"model": source.digest})
         save_model(model, ctx.out, tokenizer_from=source.path)
         errors = [(rules[name].group if name in rules else "rest", *error) for name, error in fitter.errors.items()]
         ctx.metrics.update(modules=len(changed), error=error_by_group(errors), **found, **report_bits(ctx.out))
-
-
-class _Fitter:
-    """Puts quantized modules in the place of dense ones."""
-
-    def __init__(self, model: Any, planned: Mapping[str, ModuleView], seed: int):
-        self.model, self.planned, self.seed = model, planned, seed
-        self.errors: dict[str, tuple[float, float]] = {}
-
-    def fit(self, name: str, inputs: Inputs | None) -> None:
-        from a1q.quant.measure import relative_error
-        from a1q.quant.module import naming
-        from a1q.quant.tied import swap_module
-
-        dense = self.model.get_submodule(name)
-        scheme = self.planned[name].scheme
-        assert scheme is not None
-        with naming(name):
-            latent = self.planned[name].latent
-            module = _quantized_class(dense).quantize(dense, scheme, inputs, self.seed, keep_latent=latent)
-        self.errors[name] = relative_error(dense.weight.detach(), module.dequantize(), inputs)
-        swap_module(self.model, name, module)
-
-    def restore(self, name: str, parts: Mapping[str, Tensor], latent: Tensor | None) -> None:
-        from a1q.quant.tied import swap_module
-
-        dense = self.model.get_submodule(name)
-        scheme = self.planned[name].scheme
-        assert scheme is not None
-        swap_module(self.model, name, _quantized_class(dense).in_place_of(dense, scheme, parts, latent))
-
-
-def _quantized_class(dense: Any) -> type[QuantModule]:
-    from torch.nn import Embedding
-
-    from a1q.quant.embedding import QuantEmbedding
-    from a1q.quant.linear import QuantLinear
-
-    return QuantEmbedding if isinstance(dense, Embedding) else QuantLinear
 
 
 def _rules(ctx: PlanContext, view: ModelView) -> dict[str, Rule]:

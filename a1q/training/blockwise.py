@@ -17,22 +17,13 @@ from a1q.engine.stage import StageContext
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from a1q.quant.fitter import Fitter
     from a1q.quant.importance import Inputs
     from a1q.quant.statistics import Statistics
     from a1q.training.reconstruction import ReconstructConfig
 
 BATCH = 8
 """Sequences per batch, and so per step of a reconstruction."""
-
-
-class Fitter(Protocol):
-    """What a stage does with one module."""
-
-    def fit(self, name: str, inputs: Inputs | None) -> None:
-        """Put the fitted module `name` in its place in the model."""
-
-    def restore(self, name: str, parts: Mapping[str, Tensor], latent: Tensor | None) -> None:
-        """Put module `name` in its place with parts that an earlier, killed run fitted."""
 
 
 class Options(Protocol):

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from a1q.training.reconstruction import ReconstructConfig, ReconstructRates
+
 Specs = Mapping[int, Mapping[str, Mapping[str, Any]]]
 
 
@@ -21,6 +23,8 @@ class Configuration:
     train: Mapping[str, float] = field(default_factory=dict)
     embedding: Mapping[str, Any] = field(default_factory=dict)
     """The scheme of a quantized embedding, its bits included; setting `whole` only."""
+    reconstruct: ReconstructConfig | None = None
+    """How every decoder layer is trained by itself after its fit."""
     calibrate: bool = True
     """Whether E[x²] and E[x xᵀ] are measured first; a fit without them hangs on no seed."""
 
@@ -36,12 +40,18 @@ RANK_1: Specs = {bits: _ranks(1, 1, 1) for bits in (2, 3, 4)}
 WIDE: Specs = {bits: _ranks(3, 2, 1) for bits in (2, 3, 4)}
 """2.245, 3.245 and 4.245: what a scale and a zero point per group of 64 cost others, or less."""
 
+RECONSTRUCT = ReconstructConfig(200, ("weights", "scales", "lut"), ReconstructRates(0.02, 0.002, 0.002, 0.001))
+
 CONFIGURATIONS: dict[str, Configuration] = {
     "a1q": Configuration(
-        RANK_1, train={"weights": 1.0, "scales": 1.0, "lut": 1.0}, embedding={"scheme": "lut_lowrank", "bits": 4}
+        RANK_1,
+        train={"weights": 1.0, "scales": 0.2, "lut": 0.2},
+        embedding={"scheme": "lut_lowrank", "bits": 4},
+        reconstruct=RECONSTRUCT,
     ),
-    "a1q-wide": Configuration(WIDE, train={"weights": 1.0, "scales": 1.0, "lut": 1.0}),
-    "a1q-scales": Configuration(RANK_1, train={"scales": 1.0, "lut": 1.0}),
+    "a1q-wide": Configuration(WIDE, train={"weights": 1.0, "scales": 0.2, "lut": 0.2}, reconstruct=RECONSTRUCT),
+    "a1q-scales": Configuration(RANK_1, train={"scales": 1.0, "lut": 1.0}, reconstruct=RECONSTRUCT),
+    "a1q-fit": Configuration(RANK_1),
     "a1q-published": Configuration(
         {bits: _ranks(3, 2, 1, fit="absmax_svd") for bits in (2, 3, 4)}, train={"scales": 1.0}, calibrate=False
     ),

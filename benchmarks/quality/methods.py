@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from benchmarks.quality.configurations import CONFIGURATIONS
@@ -87,6 +87,7 @@ METHODS: dict[str, Method] = {
     "a1q": _own("a1q", *UNTRAINED, "w2-200", "w2a4-200", "whole", teachers=ALL),
     "a1q-wide": _own("a1q-wide", *UNTRAINED, "w2-200", teachers=ALL),
     "a1q-scales": _own("a1q-scales", "w2-200"),
+    "a1q-fit": _own("a1q-fit", *UNTRAINED, teachers=ALL),
     "a1q-published": _own("a1q-published", "w2", "w4", teachers=ALL),
     "a1q-lut": _own("a1q-lut", "w2", "w4"),
     "rtn": _own("rtn", *UNTRAINED, teachers=ALL),
@@ -115,6 +116,8 @@ def _own_identity(name: str, setting: str) -> dict[str, Any]:
     }
     used = {spec["scheme"] for patterns in specs.values() for spec in patterns.values()}
     found: dict[str, Any] = {"specs": specs, "calibrate": configuration.calibrate}
+    if configuration.reconstruct:
+        found["reconstruct"] = asdict(configuration.reconstruct)
     if asked.whole:
         found["embedding"] = complete(configuration.embedding)
         used.add(found["embedding"]["scheme"])

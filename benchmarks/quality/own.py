@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from benchmarks.quality.teachers import linears
 
 if TYPE_CHECKING:
     from a1q.quant.statistics import Statistics
+    from a1q.training.reconstruction import ReconstructConfig
 
 EMBEDDING = "model.embed_tokens"
 
@@ -36,7 +38,7 @@ def run(job: Job, configuration: Configuration) -> Outcome:
     began = time.perf_counter()
     statistics = measured(student, job) if configuration.calibrate else None
     training = list(configuration.train) if job.setting.steps else []
-    fit(student, specs, statistics, job.seed, keep_latent="weights" in training)
+    fit(student, specs, statistics, job, configuration.reconstruct, keep_latent="weights" in training)
     seconds = {"fit": time.perf_counter() - began}
     facts: dict[str, Any] = {}
     if job.setting.steps:
@@ -86,17 +88,27 @@ def measured(model: Any, job: Job) -> Statistics:
     return Statistics(folder)
 
 
+@dataclass(frozen=True)
+class _Options:
+    """What of `quantize`'s options decides how modules are fitted in order."""
+
+    reconstruct: ReconstructConfig | None
+    sequential: bool = True
+
+
 def fit(
-    student: Any, specs: Mapping[str, Mapping[str, Any]], statistics: Statistics | None, seed: int, keep_latent: bool
+    student: Any,
+    specs: Mapping[str, Mapping[str, Any]],
+    statistics: Statistics | None,
+    job: Job,
+    reconstruct: ReconstructConfig | None,
+    keep_latent: bool,
 ) -> None:
-    """Put quantized modules in the place of dense ones."""
-    from torch.nn import Embedding
+    """Put quantized modules in the place of dense ones, as `quantize` does."""
+    from a1q.engine.stage import StageContext
+    from a1q.quant.fitter import DenseFitter
+    from a1q.training.blockwise import fit_in_order
 
-    from a1q.quant.embedding import QuantEmbedding
-    from a1q.quant.linear import QuantLinear, swap_module
-
-    for name, spec in specs.items():
-        dense = student.get_submodule(name)
-        cls = QuantEmbedding if isinstance(dense, Embedding) else QuantLinear
-        inputs = None if statistics is None else statistics.inputs(name)
-        swap_module(student, name, cls.quantize(dense, spec, inputs, seed, keep_latent=keep_latent))
+    ctx = StageContext("fit", None, job.seed, {}, out=job.scratch / "out", scratch=job.scratch / "fit")
+    fitter = DenseFitter(student, specs, set(specs) if keep_latent else set(), job.seed)
+    fit_in_order(ctx, student, list(specs), fitter, statistics, _Options(reconstruct), {})
