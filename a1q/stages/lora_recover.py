@@ -61,6 +61,7 @@ class LoraRecoverStage(Stage):
     `kl_refit` and `kept`: `refit`, or `before` where the recovery did no good and the model stays as it was.
     """
 
+    version = 2
     Config = LoraRecoverConfig
 
     def plan(self, ctx: PlanContext) -> Outcome:
@@ -200,7 +201,7 @@ def _refit(
     identity: Mapping[str, Any],
 ) -> bool:
     """Merge the adapters into the modules by a new fit and train scales and tables; return whether it helped."""
-    from a1q.quant.module import fit_parts, naming
+    from a1q.quant.module import fit_parts, latent_for, naming
     from a1q.quant.statistics import read_statistics
     from a1q.training.loop import LoopSpec, run_loop
     from a1q.training.parameters import parameter_groups
@@ -226,7 +227,8 @@ def _refit(
 
     def put(parts_of: Mapping[str, Any]) -> None:
         for name, module in chosen.items():
-            module.replace_parts(parts_of[name], targets[name])
+            latent = latent_for(module.scheme, parts_of[name], targets[name])
+            module.replace_parts(parts_of[name], latent)
 
     measured = {}
     for start, parts_of in starts.items():

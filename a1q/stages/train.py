@@ -22,7 +22,7 @@ from a1q.training.planning import (
 
 @dataclass(frozen=True)
 class LearningRates:
-    """Peak learning rate of every parameter set."""
+    """Peak learning rate of every parameter set, in the units of `a1q.training.parameters.parameter_groups`."""
 
     weights: float
     scales: float
@@ -60,6 +60,7 @@ class TrainStage(Stage):
     are dropped: they would no longer agree with the trained scales. Modules that don't train keep theirs.
     """
 
+    version = 2
     Config = TrainConfig
 
     def plan(self, ctx: PlanContext) -> Outcome:
