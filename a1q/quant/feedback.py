@@ -6,8 +6,8 @@ of a grid that stays as it is. Whatever the scheme, it is asked for one column's
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from copy import copy
+from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import torch
@@ -32,22 +32,22 @@ class TableGrid:
     def __init__(self, lut: Tensor, scale: Tensor | None):
         """Take `lut` [n, L], rows ascending, table t for the t-th part of the rows; S [out, in] or None for ones."""
         self.lut = lut
-        self.edges = (self.lut[:, 1:] + self.lut[:, :-1]) / 2
+        self.edges = (lut[:, 1:] + lut[:, :-1]) / 2
         # columns lie side by side in a row-major matrix; here one is read at a time
-        self.scale, self.divisor = None, None
+        self.scale = self.divisor = None
         if scale is not None:
             self.scale = scale.T.contiguous()
             self.divisor = safe_scale(self.scale)
 
     def nearest(self, values: Tensor, column: int) -> tuple[Tensor, Tensor]:
         scaled = values if self.divisor is None else values / self.divisor[column]
-        tables = scaled.reshape(len(self.lut), -1)
-        if self.edges.shape[1] <= 16:
-            codes = (tables[..., None] > self.edges[:, None]).sum(-1)
+        if len(self.lut) == 1:
+            codes = torch.bucketize(scaled, self.edges[0], out_int32=True)
+            found = self.lut[0].index_select(0, codes)
         else:
-            codes = torch.searchsorted(self.edges, tables.contiguous())
-        found = self.lut.gather(1, codes).reshape(-1)
-        return codes.reshape(-1).to(torch.uint8), found if self.scale is None else found * self.scale[column]
+            position = torch.searchsorted(self.edges, scaled.reshape(len(self.lut), -1))
+            codes, found = position.reshape(-1), self.lut.gather(1, position).reshape(-1)
+        return codes.to(torch.uint8), found if self.scale is None else found.mul_(self.scale[column])
 
 
 class UniformGrid:
@@ -55,15 +55,16 @@ class UniformGrid:
 
     def __init__(self, scale: Tensor, zero: Tensor | float, top: int, columns: int):
         """Take s [out, groups] and z, as s or one number, for groups of consecutive columns out of `columns`."""
-        self.scale, self.zero, self.top = scale, zero, top
-        self.length = columns // scale.shape[1]
+        self.top, self.length = top, columns // scale.shape[1]
+        self.scale = scale.T.contiguous()
+        self.divisor = safe_scale(self.scale)
+        self.zero = zero.T.contiguous() if isinstance(zero, Tensor) else [zero] * len(self.scale)
 
     def nearest(self, values: Tensor, column: int) -> tuple[Tensor, Tensor]:
         group = column // self.length
-        scale = self.scale[:, group]
-        zero = self.zero[:, group] if isinstance(self.zero, Tensor) else self.zero
-        codes = (values / safe_scale(scale) + zero).round_().clamp_(0, self.top)
-        return codes.to(torch.uint8), scale * (codes - zero)
+        zero = self.zero[group]
+        codes = (values / self.divisor[group]).add_(zero).round_().clamp_(0, self.top)
+        return codes.to(torch.uint8), (codes - zero).mul_(self.scale[group])
 
 
 def damped(gram: Tensor, damping: float) -> Tensor:
@@ -77,7 +78,33 @@ def damped(gram: Tensor, damping: float) -> Tensor:
     return (h + h.T) / 2 + level * torch.eye(len(h), dtype=h.dtype, device=h.device)
 
 
-def sweep(weight: Tensor, h: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class Factor:
+    """H as `sweep` uses it; one for all sweeps."""
+
+    order: list[int]
+    """Columns, those of the largest inputs first."""
+    upper: Tensor
+    """U [in, in], upper triangular, with UᵀU the inverse of H in that order."""
+
+
+def factor_of(h: Tensor) -> Factor:
+    """Of H [in, in] float64.
+
+    Raises:
+        ValueError: if H is not positive definite.
+    """
+    order = h.diagonal().argsort(descending=True, stable=True)
+    backwards = order.flip(0)
+    # H = R Rᵀ with an upper triangular R, which is a Cholesky factor of H read backwards; then U = R⁻¹
+    root, failed = torch.linalg.cholesky_ex(h[backwards][:, backwards])
+    if int(failed):
+        raise ValueError("E[x x^T] is not positive definite: more `damping` makes it so")
+    one = torch.eye(len(h), dtype=h.dtype, device=h.device)
+    return Factor(order.tolist(), torch.linalg.solve_triangular(root.flip(0, 1), one, upper=True))
+
+
+def sweep(weight: Tensor, h: Tensor, grid: Grid, factor: Factor | None = None) -> tuple[Tensor, Tensor]:
     """Codes uint8 [out, in] and values [out, in] by error feedback, columns of the largest inputs first.
 
     Column by column, a column's rounding error is spread over the columns still to come such that they make up for it
@@ -87,25 +114,25 @@ def sweep(weight: Tensor, h: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     Args:
         weight: [out, in].
         h: H [in, in] float64, positive definite.
+        factor: that of `h`, where known.
     """
-    order = h.diagonal().argsort(descending=True, stable=True)
-    permuted = h[order][:, order]
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(permuted))
-    upper = torch.linalg.cholesky(inverse, upper=True).to(weight.dtype)
+    factor = factor_of(h) if factor is None else factor
+    order = torch.tensor(factor.order, device=weight.device)
+    upper = factor.upper.to(weight.dtype)
+    slopes = factor.upper.diagonal().tolist()
     columns = len(order)
     left = weight.T[order].contiguous()  # [in, out]: a column is a row here, and so contiguous
     codes = torch.empty(left.shape, dtype=torch.uint8, device=weight.device)
     values = torch.empty_like(left)
-    places = order.tolist()
     for begin in range(0, columns, BLOCK):
         end = min(begin + BLOCK, columns)
-        block, factor = left[begin:end], upper[begin:end, begin:end]
+        block, near = left[begin:end], upper[begin:end, begin:end]
         errors = torch.empty_like(block)
         for i in range(end - begin):
-            codes[begin + i], values[begin + i] = grid.nearest(block[i], places[begin + i])
-            errors[i] = (block[i] - values[begin + i]) / factor[i, i]
-            if i + 1 < end - begin:
-                block[i + 1 :].addr_(factor[i, i + 1 :], errors[i], alpha=-1)
+            place = begin + i
+            codes[place], values[place] = grid.nearest(block[i], factor.order[place])
+            torch.sub(block[i], values[place], out=errors[i]).div_(slopes[place])
+            block[i + 1 :].addr_(near[i, i + 1 :], errors[i], alpha=-1)
         left[end:].addmm_(upper[begin:end, end:].T, errors, alpha=-1)
     back = order.argsort()
     return codes[back].T.contiguous(), values[back].T.contiguous()
@@ -134,14 +161,15 @@ def descend(weight: Tensor, h: Tensor, grid: Grid, codes: Tensor, values: Tensor
         before = codes.clone()
         for begin in range(0, columns, BLOCK):
             end = min(begin + BLOCK, columns)
-            block, moved = pull[begin:end], values[begin:end].clone()
+            block, old = pull[begin:end], values[begin:end].clone()
             near = h[begin:end, begin:end]
+            moved = torch.empty_like(old)
             for i in range(end - begin):
                 place = begin + i
-                old = values[place].clone()
-                codes[place], values[place] = grid.nearest(old + block[i] / diagonal[place], place)
-                block.addr_(near[i], values[place] - old, alpha=-1)
-            moved = values[begin:end] - moved
+                aim = torch.add(old[i], block[i], alpha=1 / diagonal[place])
+                codes[place], values[place] = grid.nearest(aim, place)
+                torch.sub(values[place], old[i], out=moved[i])
+                block.addr_(near[i], moved[i], alpha=-1)
             pull[:begin].addmm_(h[:begin, begin:end], moved, alpha=-1)
             pull[end:].addmm_(h[end:, begin:end], moved, alpha=-1)
         if torch.equal(codes, before):
@@ -155,10 +183,13 @@ class Adjustable(Protocol):
     def grid(self) -> Grid:
         """The grid as it stands."""
 
-    def solve(self, codes: Tensor) -> tuple[Tensor, Tensor]:
-        """Fit the grid's numbers with `codes` [out, in] held, by least squares; return codes and values [out, in].
+    def values(self, codes: Tensor) -> Tensor:
+        """What `codes` [out, in] stand for, [out, in]."""
 
-        Codes come back renamed where the grid now counts in another order.
+    def solve(self, codes: Tensor) -> Tensor:
+        """Fit the grid's numbers with `codes` [out, in] held, by least squares; return codes [out, in].
+
+        They come back renamed where the grid now counts in another order.
         """
 
 
@@ -172,7 +203,7 @@ def alternate(
     sweeps: int,
     passes: int,
     rows: Tensor | None = None,
-    watch: Callable[[float], None] = lambda error: None,
+    known: tuple[State, Tensor] | None = None,
 ) -> tuple[State, Tensor]:
     """The state and codes uint8 [out, in] of least error among `sweeps` rounds of codes, then least squares.
 
@@ -180,23 +211,27 @@ def alternate(
         weight: [out, in].
         h: H [in, in] float64, positive definite.
         state: where the grid starts.
-        passes: of coordinate descent after every sweep.
+        passes: of coordinate descent after every sweep, and at the end, at most.
         rows: how much each row's error counts, [out]; ones where None.
-        watch: told the error of every round.
+        known: another state and codes [out, in], than which the result is no worse.
     """
+    factor, inexact = factor_of(h), h.to(weight.dtype)
     best: tuple[float, State, Tensor, Tensor] | None = None
+    if known is not None:
+        values = known[0].values(known[1])
+        best = quadratic_error(weight, values, inexact, rows), *known, values
     for _ in range(sweeps):
-        codes, values = sweep(weight, h, state.grid())
-        codes, values = descend(weight, h, state.grid(), codes, values, passes)
+        codes, values = sweep(weight, h, state.grid(), factor)
+        codes, values = descend(weight, inexact, state.grid(), codes, values, passes)
         state = copy(state)
-        codes, values = state.solve(codes)
-        error = quadratic_error(weight, values, h, rows)
-        watch(error)
+        codes = state.solve(codes)
+        values = state.values(codes)
+        error = quadratic_error(weight, values, inexact, rows)
         if best is None or error < best[0]:
             best = error, state, codes, values
     assert best is not None
     _, state, codes, values = best
-    codes, _ = descend(weight, h, state.grid(), codes, values, passes)
+    codes, _ = descend(weight, inexact, state.grid(), codes, values, passes)
     return state, codes
 
 

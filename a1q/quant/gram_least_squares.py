@@ -15,7 +15,7 @@ from torch import Tensor
 from a1q.quant.grid import lookup, sums_per_entry
 from a1q.quant.lowrank import normal_matrices
 
-STEPS = 6
+STEPS = 4
 """Conjugate-gradient steps, at most."""
 ENOUGH = 1e-12
 """It ends once the squared residual has fallen by this."""
@@ -36,9 +36,11 @@ def solve_rows(weight: Tensor, entries: Tensor, h: Tensor, a: Tensor, b: Tensor)
     def back(product: Tensor) -> Tensor:
         return (product * entries) @ b.T
 
-    solved = conjugate_gradients(
-        lambda x: back((entries * (x @ b)) @ h), back(weight @ h), a, lambda x: _times(inverse, x), separate=True
-    )
+    def forth(x: Tensor) -> Tensor:
+        return entries * (x @ b)
+
+    residual = back((weight - forth(a)) @ h)
+    solved = conjugate_gradients(lambda x: back(forth(x) @ h), residual, a, lambda x: _times(inverse, x), separate=True)
     return torch.where(solved > 0, solved, a) if a.shape[1] == 1 else solved
 
 
@@ -59,9 +61,11 @@ def solve_columns(weight: Tensor, entries: Tensor, h: Tensor, a: Tensor, b: Tens
     def back(product: Tensor) -> Tensor:
         return left.T @ (product * entries)
 
-    solved = conjugate_gradients(
-        lambda x: back((entries * (a @ x)) @ h), back(weight @ h), b, lambda x: _times(inverse, x.T).T
-    )
+    def forth(x: Tensor) -> Tensor:
+        return entries * (a @ x)
+
+    residual = back((weight - forth(b)) @ h)
+    solved = conjugate_gradients(lambda x: back(forth(x) @ h), residual, b, lambda x: _times(inverse, x.T).T)
     return torch.where(solved > 0, solved, b) if len(b) == 1 else solved
 
 
@@ -80,8 +84,9 @@ def solve_tables(
     def forth(x: Tensor) -> Tensor:
         return lookup(x, codes) if scale is None else lookup(x, codes) * scale
 
+    residual = back((weight - forth(lut)) @ h)
     return conjugate_gradients(
-        lambda x: back(forth(x) @ h), back(weight @ h), lut, lambda x: _divided(x, diagonal), separate=True
+        lambda x: back(forth(x) @ h), residual, lut, lambda x: _divided(x, diagonal), separate=True
     )
 
 
@@ -107,8 +112,9 @@ def solve_scales(weight: Tensor, levels: Tensor, h: Tensor, scale: Tensor, rows:
         return (levels.reshape(len(levels), groups, -1) * x.expand(len(levels), groups)[..., None]).flatten(1)
 
     diagonal = gather(levels * h.diagonal())
+    residual = gather((weight - forth(scale)) @ h)
     solved = conjugate_gradients(
-        lambda x: gather(forth(x) @ h), gather(weight @ h), scale, lambda x: _divided(x, diagonal), separate=True
+        lambda x: gather(forth(x) @ h), residual, scale, lambda x: _divided(x, diagonal), separate=True
     )
     sound = ((solved > 0) | (scale <= 0)).all(1, keepdim=True)
     return torch.where(sound, solved, scale)
@@ -116,34 +122,33 @@ def solve_scales(weight: Tensor, levels: Tensor, h: Tensor, scale: Tensor, rows:
 
 def conjugate_gradients(
     operator: Callable[[Tensor], Tensor],
-    right: Tensor,
+    residual: Tensor,
     start: Tensor,
     precondition: Callable[[Tensor], Tensor] = lambda x: x,
     *,
     separate: bool = False,
 ) -> Tensor:
-    """About the x with operator(x) = right, from `start`; every step lowers the quadratic.
+    """About the x with operator(x) = right, from `start`; every step lowers  ⟨x, operator(x)⟩ / 2 - ⟨x, right⟩.
 
     Args:
-        operator: symmetric, of no negative eigenvalue.
-        right: of any shape.
-        start: likewise.
+        operator: linear, symmetric, of no negative eigenvalue.
+        residual: right - operator(start).
+        start: of any shape.
         precondition: about the inverse of `operator`, symmetric.
         separate: rows of x are problems of their own.
     """
-    dims = tuple(range(int(separate), right.dim()))
+    dims = tuple(range(int(separate), start.dim()))
 
     def dot(x: Tensor, y: Tensor) -> Tensor:
         return (x * y).sum(dims, keepdim=True, dtype=torch.float64)
 
     def ratio(x: Tensor, y: Tensor) -> Tensor:
-        return torch.where(y > 0, x / y, 0.0).to(right.dtype)
+        return torch.where(y > 0, x / y, 0.0).to(start.dtype)
 
     x = start
-    residual = right - operator(x)
     direction = precondition(residual)
     size = first = dot(residual, direction)
-    unknowns = right[0].numel() if separate else right.numel()
+    unknowns = start[0].numel() if separate else start.numel()
     for _ in range(min(STEPS, unknowns)):
         if bool((size <= ENOUGH * first).all()):
             break

@@ -156,8 +156,7 @@ def solve_left(weight: Tensor, entries: Tensor, importance: Tensor, a: Tensor, b
     At rank 1 a positive A stays positive. Row i solves (Σ_j h_j q_ij² B_:j B_:jᵀ) a_i = Σ_j h_j q_ij W_ij B_:j.
     """
     rank = b.shape[0]
-    outer = (b[:, None, :] * b[None, :, :]).reshape(rank * rank, -1)
-    normal = ((entries.square() * importance) @ outer.T).double().reshape(-1, rank, rank)
+    normal = normal_matrices(entries.square() * importance, b).double()
     right = ((entries * weight * importance) @ b.T).double()
     pull = PROXIMAL * normal.diagonal(dim1=1, dim2=2).mean() + torch.finfo(torch.float64).tiny
     normal = normal + pull * torch.eye(rank, dtype=normal.dtype, device=normal.device)
@@ -165,6 +164,13 @@ def solve_left(weight: Tensor, entries: Tensor, importance: Tensor, a: Tensor, b
     if rank == 1:  # rows are independent, so a row that would not be positive may keep its old value
         return torch.where(solved > 0, solved, a)
     return solved
+
+
+def normal_matrices(weights: Tensor, factors: Tensor) -> Tensor:
+    """Σ_j c_ij f_:j f_:jᵀ  [m, r, r] for c [m, n] and factors f [r, n]."""
+    rank = len(factors)
+    outer = (factors[:, None, :] * factors[None, :, :]).reshape(rank * rank, -1)
+    return (weights @ outer.T).reshape(-1, rank, rank)
 
 
 def unit_gain(fit: Fit, weight: Tensor, importance: Tensor) -> Tensor:

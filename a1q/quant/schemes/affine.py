@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from a1q.quant.feedback_options import FeedbackOptions
 from a1q.quant.scheme import Blockwise, Palettized, Scheme, Shape
 
 if TYPE_CHECKING:
@@ -27,19 +28,19 @@ FEWEST_BITS = 2
 
 
 @dataclass(frozen=True)
-class AffineConfig:
+class AffineConfig(FeedbackOptions):
     """Options, described in the schema."""
 
     bits: int
     symmetric: bool
     granularity: str
     group_size: int
-    fit: str
 
 
 class Affine(Scheme):
     """Uniform integer quantization, the form that Core ML calls linear or blockwise."""
 
+    version = 2
     Config = AffineConfig
 
     def __init__(self, config: AffineConfig):
@@ -89,6 +90,7 @@ class Affine(Scheme):
     def fit(self, weight: Tensor, inputs: Inputs | None, seed: int) -> dict[str, Tensor]:
         import torch
 
+        from a1q.quant.adjustable import UniformState
         from a1q.quant.importance import importance_of
         from a1q.quant.uniform import range_scale, search_scale, search_scale_and_zero
 
@@ -96,7 +98,7 @@ class Affine(Scheme):
         importance = importance_of(weight, inputs)
         blocks = weight.reshape(len(weight), self.groups((weight.shape[0], weight.shape[1])), -1)
         low, high = blocks.amin(-1).clamp_max(0), blocks.amax(-1).clamp_min(0)
-        search, zero = self.config.fit == "mse", None
+        search, zero = self.config.fit != "minmax", None
         if self.config.symmetric:
             scale = torch.maximum(-low / self.middle, high / (self.middle - 1))
             if search:
@@ -108,7 +110,16 @@ class Affine(Scheme):
         parts = {"scale": scale, "factor": torch.ones_like(scale)}
         if zero is not None:
             parts["zero"] = zero.to(torch.uint8)
-        return {"indices": self.assign(parts, weight), **parts}
+        codes = self.assign(parts, weight)
+        found = self.config.feed_back(
+            weight,
+            inputs,
+            codes,
+            lambda target, spread: UniformState(target, scale * spread, self._zero(parts), self.top),
+        )
+        if found is None:
+            return {"indices": codes, **parts}
+        return {**parts, "indices": found[1], "scale": found[0].scale}
 
     def dequantize(self, parts: Mapping[str, Tensor]) -> Tensor:
         from a1q.quant.uniform import level_values

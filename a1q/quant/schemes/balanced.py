@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from a1q.quant.feedback_options import FeedbackOptions
 from a1q.quant.scheme import Palettized, Scheme, Shape
 
 if TYPE_CHECKING:
@@ -32,17 +33,17 @@ PUBLISHED_CLIP = 0.995
 
 
 @dataclass(frozen=True)
-class BalancedConfig:
+class BalancedConfig(FeedbackOptions):
     """Options, described in the schema."""
 
     bits: int
     granularity: str
-    fit: str
 
 
 class Balanced(Scheme):
     """Levels ±0.5, ±1.5, … times a learned scale per tensor or per output channel."""
 
+    version = 2
     Config = BalancedConfig
 
     def __init__(self, config: BalancedConfig):
@@ -74,8 +75,7 @@ class Balanced(Scheme):
         return {"lut": (2**self.config.bits,)} if self.per_tensor else {"scale": (shape[0],)}
 
     def fit(self, weight: Tensor, inputs: Inputs | None, seed: int) -> dict[str, Tensor]:
-        import torch
-
+        from a1q.quant.adjustable import UniformState
         from a1q.quant.importance import importance_of, row_importance_of
         from a1q.quant.uniform import search_scale
 
@@ -89,10 +89,24 @@ class Balanced(Scheme):
         else:
             h = (importance * row_importance_of(weight, inputs)[:, None]).reshape(rows.shape)
             scale = search_scale(rows, h, (peak / self.zero)[:, None], self.zero, self.top)[:, 0]
+        parts = self._parts(scale, peak)
+        codes = self.assign(parts, weight)
+        found = self.config.feed_back(
+            weight,
+            inputs,
+            codes,
+            lambda target, spread: UniformState(target, scale[:, None] * spread, self.zero, self.top),
+        )
+        if found is None:
+            return {"indices": codes, **parts}
+        return {"indices": found[1], **self._parts(found[0].scale[:, 0], peak)}
+
+    def _parts(self, scale: Tensor, peak: Tensor) -> dict[str, Tensor]:
+        """The parts that say s [scales], for weights of at most `peak` [scales]."""
+        import torch
+
         factor = torch.where(peak > 0, scale * 2 ** (self.config.bits - 1) / peak.clamp_min(1e-30), 1.0).double()
-        p = factor.sub(LEAST_FACTOR).clamp_min(LEAST_FACTOR).expm1().log().float()
-        parts = {"p": p, "peak": peak}
-        return {"indices": self.assign(parts, weight), **parts}
+        return {"p": factor.sub(LEAST_FACTOR).clamp_min(LEAST_FACTOR).expm1().log().float(), "peak": peak}
 
     def dequantize(self, parts: Mapping[str, Tensor]) -> Tensor:
         from a1q.quant.grid import lookup

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from a1q.quant.feedback_options import FeedbackOptions
 from a1q.quant.scheme import Palettized, Scheme, Shape
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class LutConfig:
+class LutConfig(FeedbackOptions):
     """Options, described in the schema."""
 
     bits: int
@@ -30,7 +31,7 @@ class LutConfig:
 class Lut(Scheme):
     """k-means palettization, the form that Core ML calls palettized weights."""
 
-    version = 2
+    version = 3
     Config = LutConfig
 
     def __init__(self, config: LutConfig):
@@ -65,6 +66,7 @@ class Lut(Scheme):
         return {"lut": (self.tables(shape), 2**self.config.bits)}
 
     def fit(self, weight: Tensor, inputs: Inputs | None, seed: int) -> dict[str, Tensor]:
+        from a1q.quant.adjustable import TableState
         from a1q.quant.importance import importance_of, row_importance_of
         from a1q.quant.kmeans import lloyd, quantile_start
 
@@ -72,8 +74,10 @@ class Lut(Scheme):
         use = importance_of(weight, inputs) * row_importance_of(weight, inputs)[:, None]
         count = self.tables((weight.shape[0], weight.shape[1]))
         start = quantile_start(weight.reshape(count, -1), 2**self.config.bits)
-        parts = {"lut": lloyd(weight, use, start, self.config.rounds)}
-        return {"indices": self.assign(parts, weight), **parts}
+        lut = lloyd(weight, use, start, self.config.rounds)
+        codes = self.assign({"lut": lut}, weight)
+        found = self.config.feed_back(weight, inputs, codes, lambda target, spread: TableState(target, lut * spread))
+        return {"indices": codes, "lut": lut} if found is None else {"indices": found[1], "lut": found[0].lut}
 
     def dequantize(self, parts: Mapping[str, Tensor]) -> Tensor:
         import torch

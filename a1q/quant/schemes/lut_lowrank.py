@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from a1q.quant.feedback_options import FeedbackOptions
 from a1q.quant.scheme import Palettized, Scheme, Shape
 
 if TYPE_CHECKING:
@@ -25,25 +26,20 @@ SCALES = ("a", "g", "b")
 
 
 @dataclass(frozen=True)
-class LutLowrankConfig:
+class LutLowrankConfig(FeedbackOptions):
     """Options, described in the schema."""
 
     bits: int
     rank: int
-    fit: str
     lut: str
     group_size: int
     rounds: int
-    spread: float
-    damping: float
-    sweeps: int
-    passes: int
 
 
 class LutLowrank(Scheme):
     """One table per weight and a scale of rank r, by default a row scale times a column scale."""
 
-    version = 4
+    version = 5
     Config = LutLowrankConfig
 
     def __init__(self, config: LutLowrankConfig):
@@ -77,9 +73,8 @@ class LutLowrank(Scheme):
 
     def fit(self, weight: Tensor, inputs: Inputs | None, seed: int) -> dict[str, Tensor]:
         from a1q.quant import lowrank
-        from a1q.quant.feedback import alternate, damped
-        from a1q.quant.gram_least_squares import LowRankState
-        from a1q.quant.importance import gram_of, importance_of, row_importance_of
+        from a1q.quant.adjustable import LowRankState
+        from a1q.quant.importance import importance_of, row_importance_of
 
         config = self.config
         weight = weight.detach().float()
@@ -90,14 +85,17 @@ class LutLowrank(Scheme):
         rows = row_importance_of(weight, inputs)
         learned = config.lut == "learned"
         fit = lowrank.als(weight, importance, config.bits, config.rank, learned, config.rounds, rows=rows)
-        gram = gram_of(weight, inputs) if config.fit == "error_feedback" else None
-        if gram is None:
+        found = config.feed_back(
+            weight,
+            inputs,
+            fit.indices,
+            lambda target, spread: LowRankState(target, fit.lut, fit.a * spread, fit.b, learned),
+        )
+        if found is None:
             gain = lowrank.unit_gain(fit, weight, importance)
             fit.a = fit.a * gain[:, None]
             return self._parts(fit, weight, gain)
-        h = damped(gram, config.damping)
-        start = LowRankState(weight, h, rows, fit.lut, fit.a * config.spread, fit.b, learned)
-        state, codes = alternate(weight, h, start, config.sweeps, config.passes, rows)
+        state, codes = found
         return self._parts(lowrank.Fit(codes, state.lut, state.a, state.b), None)
 
     def _parts(self, fit: Fit, weight: Tensor | None, gain: Tensor | None = None) -> dict[str, Tensor]:

@@ -1,0 +1,58 @@
+"""The options of `fit: error_feedback`, the same in every scheme."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from a1q.quant.adjustable import Target
+    from a1q.quant.feedback import State
+    from a1q.quant.importance import Inputs
+
+
+@dataclass(frozen=True)
+class FeedbackOptions:
+    """Described in the schemas."""
+
+    fit: str
+    spread: float
+    damping: float
+    sweeps: int
+    passes: int
+
+    def feed_back(
+        self,
+        weight: Tensor,
+        inputs: Inputs | None,
+        codes: Tensor,
+        state: Callable[[Target, float], State],
+    ) -> tuple[State, Tensor] | None:
+        """State and codes uint8 [out, in] found by error feedback, no worse than those of the start.
+
+        None where the fit is another, or E[x xᵀ] is not known.
+
+        Args:
+            weight: [out, in].
+            inputs: what is known of its inputs.
+            codes: uint8 [out, in] of the start.
+            state: makes the start's grid, its values as many times as wide as the number says.
+
+        Raises:
+            ValueError: if E[x xᵀ] has another shape or is not finite.
+        """
+        from a1q.quant.adjustable import Target
+        from a1q.quant.feedback import alternate, damped
+        from a1q.quant.importance import gram_of, row_importance_of
+
+        gram = gram_of(weight, inputs) if self.fit == "error_feedback" else None
+        if gram is None:
+            return None
+        h = damped(gram, self.damping)
+        rows = row_importance_of(weight, inputs)
+        target = Target(weight, h.to(weight.dtype), rows)
+        start = state(target, self.spread)
+        return alternate(weight, h, start, self.sweeps, self.passes, rows, known=(state(target, 1.0), codes))
