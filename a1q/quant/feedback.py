@@ -130,8 +130,9 @@ def sweep(weight: Tensor, h: Tensor, grid: Grid, factor: Factor | None = None) -
         errors = torch.empty_like(block)
         for i in range(end - begin):
             place = begin + i
-            codes[place], values[place] = grid.nearest(block[i], factor.order[place])
-            torch.sub(block[i], values[place], out=errors[i]).div_(slopes[place])
+            codes[place], found = grid.nearest(block[i], factor.order[place])
+            values[place] = found
+            torch.sub(block[i], found, out=errors[i]).div_(slopes[place])
             block[i + 1 :].addr_(near[i, i + 1 :], errors[i], alpha=-1)
         left[end:].addmm_(upper[begin:end, end:].T, errors, alpha=-1)
     back = order.argsort()
@@ -162,14 +163,14 @@ def descend(weight: Tensor, h: Tensor, grid: Grid, codes: Tensor, values: Tensor
         for begin in range(0, columns, BLOCK):
             end = min(begin + BLOCK, columns)
             block, old = pull[begin:end], values[begin:end].clone()
-            near = h[begin:end, begin:end]
             moved = torch.empty_like(old)
-            for i in range(end - begin):
+            near = h[begin:end, begin:end].unbind()
+            for i, (row, was, step) in enumerate(zip(block.unbind(), old.unbind(), moved.unbind(), strict=True)):
                 place = begin + i
-                aim = torch.add(old[i], block[i], alpha=1 / diagonal[place])
-                codes[place], values[place] = grid.nearest(aim, place)
-                torch.sub(values[place], old[i], out=moved[i])
-                block.addr_(near[i], moved[i], alpha=-1)
+                codes[place], found = grid.nearest(torch.add(was, row, alpha=1 / diagonal[place]), place)
+                torch.sub(found, was, out=step)
+                values[place] = found
+                block.addr_(near[i], step, alpha=-1)
             pull[:begin].addmm_(h[:begin, begin:end], moved, alpha=-1)
             pull[end:].addmm_(h[end:, begin:end], moved, alpha=-1)
         if torch.equal(codes, before):

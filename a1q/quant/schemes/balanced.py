@@ -43,7 +43,7 @@ class BalancedConfig(FeedbackOptions):
 class Balanced(Scheme):
     """Levels ±0.5, ±1.5, … times a learned scale per tensor or per output channel."""
 
-    version = 2
+    version = 3
     Config = BalancedConfig
 
     def __init__(self, config: BalancedConfig):

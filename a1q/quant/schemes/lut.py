@@ -31,7 +31,7 @@ class LutConfig(FeedbackOptions):
 class Lut(Scheme):
     """k-means palettization, the form that Core ML calls palettized weights."""
 
-    version = 3
+    version = 4
     Config = LutConfig
 
     def __init__(self, config: LutConfig):

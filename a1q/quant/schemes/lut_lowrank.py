@@ -39,7 +39,7 @@ class LutLowrankConfig(FeedbackOptions):
 class LutLowrank(Scheme):
     """One table per weight and a scale of rank r, by default a row scale times a column scale."""
 
-    version = 5
+    version = 6
     Config = LutLowrankConfig
 
     def __init__(self, config: LutLowrankConfig):
