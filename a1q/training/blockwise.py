@@ -167,6 +167,8 @@ class _Blockwise:
         return {name: tensor.detach() for name, tensor in self._block(index).state_dict().items()}
 
     def _restore(self, index: int, names: Sequence[str], tensors: Mapping[str, Tensor]) -> None:
+        from a1q.quant.module import quantized_modules
+
         prefix = f"{self.stream.names[index]}."
         for name in names:
             own = f"{name.removeprefix(prefix)}."
@@ -174,6 +176,9 @@ class _Blockwise:
             parts.pop("bias", None)
             self.fitter.restore(name, parts, parts.pop("latent", None))
         self._block(index).load_state_dict(dict(tensors))
+        if self.options is not None:
+            for _, module in quantized_modules(self._block(index)):
+                module.straight_through_fp16 = True  # as training left it
 
     def _block(self, index: int) -> Any:
         return self.model.get_submodule(self.stream.names[index])

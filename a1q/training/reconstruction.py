@@ -113,7 +113,7 @@ def reconstruct(
         steps=options.steps,
         seed=ctx.seed + index,
         warmup=min(10, options.steps // 4),
-        final_lr=0.05,
+        final_lr=0.01,
         clip=None,
         betas=(0.9, 0.99),
         keep="last",

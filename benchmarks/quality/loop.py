@@ -25,7 +25,7 @@ def distill(
     steps: int,
     batch: int = 16,
     warmup: int = 5,
-    final_lr: float = 0.1,
+    final_lr: float = 0.01,
     clip: float = 1.0,
     seed: int = 0,
 ) -> dict[str, Any]:

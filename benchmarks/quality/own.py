@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from a1q.training.reconstruction import ReconstructConfig
 
 EMBEDDING = "model.embed_tokens"
+GRADIENTS = 128
+"""Sequences that gradients are measured on, as `calibrate` does by default."""
 
 
 def run(job: Job, configuration: Configuration) -> Outcome:
@@ -84,7 +86,8 @@ def measured(model: Any, job: Job) -> Statistics:
 
     folder = job.scratch / "statistics"
     folder.mkdir()
-    measure_statistics(model, job.tokens.calibration[:CALIBRATION], Path(folder), batch_size=8)
+    tokens = job.tokens.calibration[:CALIBRATION]
+    measure_statistics(model, tokens, Path(folder), batch_size=8, gradient_sequences=GRADIENTS, seed=job.seed)
     return Statistics(folder)
 
 

@@ -30,7 +30,7 @@ from benchmarks.quality.peers.common import (
     quantized_linears,
 )
 
-DEFAULTS = {"bits": 2, "group_size": 64, "lr": 1e-3, "steps": 200, "batch": 16, "warmup": 5, "final_lr": 0.1}
+DEFAULTS = {"bits": 2, "group_size": 64, "lr": 1e-3, "steps": 200, "batch": 16, "warmup": 5, "final_lr": 0.01}
 
 
 def quantize(model: torch.nn.Module, job: Job) -> Quantized:
