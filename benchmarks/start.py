@@ -24,12 +24,12 @@ METHODS: dict[str, tuple[dict[str, Any], bool]] = {
     "k-means, one table per weight": ({"scheme": "lut"}, False),
     "k-means, a table per 16 channels": ({"scheme": "lut", "granularity": "group"}, False),
     "absmax_svd, rank 1": ({"scheme": "lut_lowrank", "fit": "absmax_svd"}, False),
-    "als, rank 1, fixed table": ({"scheme": "lut_lowrank", "lut": "fixed"}, False),
-    "als, rank 1": ({"scheme": "lut_lowrank"}, False),
-    "als, rank 1, E[x²]": ({"scheme": "lut_lowrank"}, True),
+    "als, rank 1, fixed table": ({"scheme": "lut_lowrank", "fit": "als", "lut": "fixed"}, False),
+    "als, rank 1": ({"scheme": "lut_lowrank", "fit": "als"}, False),
+    "als, rank 1, E[x²]": ({"scheme": "lut_lowrank", "fit": "als"}, True),
     "absmax_svd, rank 3": ({"scheme": "lut_lowrank", "rank": 3, "fit": "absmax_svd"}, False),
-    "als, rank 3": ({"scheme": "lut_lowrank", "rank": 3}, False),
-    "als, rank 3, E[x²]": ({"scheme": "lut_lowrank", "rank": 3}, True),
+    "als, rank 3": ({"scheme": "lut_lowrank", "rank": 3, "fit": "als"}, False),
+    "als, rank 3, E[x²]": ({"scheme": "lut_lowrank", "rank": 3, "fit": "als"}, True),
 }
 LIMIT = 0.6
 """What `als`, weighted by E[x²], may have of the KL of `absmax_svd` at 2 bits and the same rank."""
