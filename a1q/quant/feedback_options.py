@@ -25,6 +25,10 @@ class FeedbackOptions:
     sweeps: int
     passes: int
 
+    def feeds_back(self, inputs: Inputs | None) -> bool:
+        """Whether errors are fed back: told so, and E[x xᵀ] known."""
+        return self.fit == "error_feedback" and inputs is not None and inputs.gram is not None
+
     def feed_back(
         self,
         weight: Tensor,
@@ -34,7 +38,7 @@ class FeedbackOptions:
     ) -> tuple[State, Tensor] | None:
         """State and codes uint8 [out, in] found by error feedback, no worse than those of the start.
 
-        None where the fit is another, or E[x xᵀ] is not known.
+        None where errors are not fed back.
 
         Args:
             weight: [out, in].
@@ -49,7 +53,7 @@ class FeedbackOptions:
         from a1q.quant.feedback import alternate, damped
         from a1q.quant.importance import gram_of, row_importance_of
 
-        gram = gram_of(weight, inputs) if self.fit == "error_feedback" else None
+        gram = gram_of(weight, inputs) if self.feeds_back(inputs) else None
         if gram is None:
             return None
         h = damped(gram, self.damping)

@@ -20,6 +20,8 @@ PROXIMAL = 1e-6
 singular systems solvable, and the step still never raises the error."""
 STALL = 1e-4
 """Rounds end once one lowers the error by less than this share."""
+START_STALL = 1e-3
+"""The same of a fit that others start from: what it would still gain, they hardly keep."""
 CLIPS = (0.6, 0.7, 0.8, 0.9, 1.0, 1.15, 1.3, 1.5, 1.75, 2.0, 2.5, 3.0, 3.5, 4.0)
 """Largest entry of a fixed LUT in units of the row-and-column rms: what the start tries."""
 
@@ -88,6 +90,7 @@ def als(
     rounds: int,
     errors: list[float] | None = None,
     rows: Tensor | None = None,
+    stall: float = STALL,
 ) -> Fit:
     """Alternating least squares over indices, LUT, A and B; no step raises the weighted error.
 
@@ -100,6 +103,7 @@ def als(
         rounds: at most so many.
         errors: where given, receives the weighted error of the start and after every round.
         rows: r [out], positive; ones by default.
+        stall: rounds end once one lowers the error by less than this share.
     """
     rows = torch.ones_like(weight[:, 0]) if rows is None else rows
     fit = rms_start(weight, importance, rows, bits, learn_lut)
@@ -111,7 +115,7 @@ def als(
     for _ in range(rounds):
         improve(fit, weight, importance, rows, learn_lut)
         trace.append(weighted_error(weight, fit.weight(), importance, rows))
-        if trace[-1] > (1 - STALL) * trace[-2]:
+        if trace[-1] > (1 - stall) * trace[-2]:
             break
     if errors is not None:
         errors += trace

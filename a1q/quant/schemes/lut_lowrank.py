@@ -39,7 +39,7 @@ class LutLowrankConfig(FeedbackOptions):
 class LutLowrank(Scheme):
     """One table per weight and a scale of rank r, by default a row scale times a column scale."""
 
-    version = 6
+    version = 7
     Config = LutLowrankConfig
 
     def __init__(self, config: LutLowrankConfig):
@@ -84,7 +84,8 @@ class LutLowrank(Scheme):
         importance = importance_of(weight, inputs)
         rows = row_importance_of(weight, inputs)
         learned = config.lut == "learned"
-        fit = lowrank.als(weight, importance, config.bits, config.rank, learned, config.rounds, rows=rows)
+        stall = lowrank.START_STALL if config.feeds_back(inputs) else lowrank.STALL
+        fit = lowrank.als(weight, importance, config.bits, config.rank, learned, config.rounds, rows=rows, stall=stall)
         found = config.feed_back(
             weight,
             inputs,
