@@ -34,8 +34,8 @@ def test_json_holds_the_resolved_recipe():
     result = a1q("validate", "q4_to_q2", "--json", "--set", "stages.q4_train.steps=7")
     document = json.loads(result.stdout)
     assert document["ok"] is True
-    assert document["recipe"]["stages"][2]["train"]["steps"] == 7
-    assert document["recipe"]["stages"][2]["train"]["schedule"] == "cosine"
+    assert document["recipe"]["stages"][3]["train"]["steps"] == 7
+    assert document["recipe"]["stages"][3]["train"]["schedule"] == "cosine"
 
 
 def test_json_holds_the_problems():
