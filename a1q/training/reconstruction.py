@@ -124,9 +124,10 @@ def reconstruct(
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(flags.get(name, parameter.requires_grad)).grad = None
     for module, keep in zip(modules, kept, strict=True):
-        if not keep:
-            module.drop_latent()
-        elif module.latent is None:
+        module.drop_latent()
+        if keep:
+            # Trained latents end beside the edges of their cells, where the first steps of another training, which
+            # are as long as its learning rate whatever the gradients, would push many across; so back to the grid.
             module.start_latent()
     tail = recent[-max(1, len(recent) // 10) :]
     return {"first": recent[0], "last": sum(tail) / len(tail)}
