@@ -180,9 +180,11 @@ class QuantModule(nn.Module):
         return (self.adapter_alpha / len(self.lora_A)) * (self.lora_B.float() @ self.lora_A.float()).detach()
 
     def refit(self, spec: Mapping[str, Any], target: Tensor, inputs: Inputs | None = None, seed: int = 0) -> None:
-        """Fit a scheme, this one or another, to `target` [out, in]; a latent moves there. Raises as `quantize`."""
+        """Fit a scheme, this one or another, to `target` [out, in], and a latent with it. Raises as `quantize`."""
         target = target.detach().float()
-        self.set_scheme(spec, fit_parts(make_scheme(spec), target, self.importance(inputs), seed), target)
+        scheme = make_scheme(spec)
+        parts = fit_parts(scheme, target, self.importance(inputs), seed)
+        self.set_scheme(spec, parts, latent_for(scheme, parts, target))
 
     def set_scheme(self, spec: Mapping[str, Any], parts: Mapping[str, Tensor], latent: Tensor | None = None) -> None:
         """Put a scheme, this one or another, and its parts in place; a latent, where kept, becomes `latent`."""

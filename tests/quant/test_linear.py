@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from a1q.errors import StageError
+from a1q.quant.importance import Inputs
 from a1q.quant.linear import FORMS, QuantLinear, quantized_modules, swap_module
 
 SPECS = [
@@ -134,6 +135,22 @@ def test_refit_changes_scheme_and_latent() -> None:
     fresh = QuantLinear.quantize(nn.Linear(24, 16), SPECS[2])
     fresh.refit(SPECS[2], target)
     assert torch.equal(module.dequantize(), fresh.dequantize())
+
+
+def test_indices_of_error_feedback_survive_beside_a_latent() -> None:
+    torch.manual_seed(3)
+    x = torch.randn(200, 24) @ torch.randn(24, 24)
+    inputs = Inputs(x.square().mean(0), x.T @ x / len(x))
+    dense = nn.Linear(24, 16, bias=False)
+    spec = {"scheme": "lut_lowrank", "bits": 2}
+    without = QuantLinear.quantize(dense, spec, inputs, keep_latent=False)
+    kept = QuantLinear.quantize(dense, spec, inputs, keep_latent=True)
+    refitted = QuantLinear.quantize(dense, {"scheme": "lut", "bits": 3}, keep_latent=True)
+    refitted.refit(spec, dense.weight, inputs)
+    nearest = without.scheme.assign(without.parts(), dense.weight.detach())
+    assert not torch.equal(nearest, without.indices)
+    for module in (kept, refitted):
+        assert torch.equal(module.dequantize(), without.dequantize())
 
 
 @pytest.mark.parametrize("old", SPECS)
