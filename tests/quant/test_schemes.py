@@ -180,7 +180,7 @@ def weighted(difference: torch.Tensor, statistics: torch.Tensor) -> float:
     return float((difference.square() * statistics).sum())
 
 
-@over(SPECS[:2] + [SPECS[4], SPECS[6], SPECS[8]])  # a scale or a table serves several rows
+@over([*SPECS[:2], SPECS[4], SPECS[6], SPECS[8]])  # a scale or a table serves several rows
 def test_errors_move_to_rows_that_matter_less(spec) -> None:
     scheme, weight = make_scheme(spec), random_weight(4, 64, 24)
     weight[::8] *= 0.3

@@ -2,7 +2,7 @@
 
 Defaults are the library's own for `iters` (its light recipe is 200, its best 1000): learning rate, batch of 8, block
 inputs of the quantized model, best step kept. What differs: float32 without autocast, since the model is float32, and
-the calibration tokens are ours, all 512 sequences (the library's best recipe also takes 512).
+the calibration tokens are ours, all of them.
 """
 
 from __future__ import annotations
