@@ -9,7 +9,7 @@ import pytest
 
 from tests import demo
 
-IDS = ["teacher", "q4", "q4_train", "q2", "q2_train", "recover", "final", "check", "hf", "ane", "anemll"]
+IDS = ["teacher", "calibrate", "q4", "q4_train", "q2", "q2_train", "recover", "final", "check", "hf", "ane", "anemll"]
 
 
 @pytest.fixture(scope="module")
