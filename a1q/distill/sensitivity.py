@@ -11,9 +11,8 @@ from numpy import ndarray
 from torch import Tensor, nn
 
 from a1q.models.blocks import BlockStream
-from a1q.quant.embedding import QuantEmbedding
+from a1q.quant.fitter import class_for
 from a1q.quant.importance import Inputs
-from a1q.quant.linear import QuantLinear
 from a1q.quant.module import naming
 
 SMALL = 0.5
@@ -118,9 +117,8 @@ def quantized_weight(name: str, dense: nn.Module, spec: Mapping[str, Any], input
     Raises:
         StageError: if it can't be fitted; it names the module.
     """
-    cls = QuantEmbedding if isinstance(dense, nn.Embedding) else QuantLinear
     with naming(name):
-        module = cls.quantize(dense, spec, inputs, seed, keep_latent=False)
+        module = class_for(dense).quantize(dense, spec, inputs, seed, keep_latent=False)
     module.snap()
     return module.dequantize()
 

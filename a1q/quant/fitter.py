@@ -43,14 +43,15 @@ class DenseFitter:
         dense = self.model.get_submodule(name)
         assert isinstance(dense.weight, Tensor)
         with naming(name):
-            module = _class_for(dense).quantize(dense, self.specs[name], inputs, self.seed, name in self.keep_latent)
+            module = class_for(dense).quantize(dense, self.specs[name], inputs, self.seed, name in self.keep_latent)
         self.errors[name] = relative_error(dense.weight.detach(), module.dequantize(), inputs)
         swap_module(self.model, name, module)
 
     def restore(self, name: str, parts: Mapping[str, Tensor], latent: Tensor | None) -> None:
         dense = self.model.get_submodule(name)
-        swap_module(self.model, name, _class_for(dense).in_place_of(dense, self.specs[name], parts, latent))
+        swap_module(self.model, name, class_for(dense).in_place_of(dense, self.specs[name], parts, latent))
 
 
-def _class_for(dense: nn.Module) -> type[QuantModule]:
+def class_for(dense: nn.Module) -> type[QuantModule]:
+    """The quantized class that takes the place of a dense module."""
     return QuantEmbedding if isinstance(dense, nn.Embedding) else QuantLinear

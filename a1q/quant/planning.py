@@ -14,6 +14,10 @@ from a1q.quant.build import complete, make_scheme
 
 WORKING_COPIES = 12
 """Buffers of the size of the largest weight, in float32, that a fit keeps at its peak."""
+BATCH = 8
+"""Sequences at a time through a decoder layer while layers are fitted in order, and in a step of a reconstruction."""
+SHARED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
+"""Linears that take one input together, in the families of decoders there are."""
 LOGITS = 16 << 20
 """Logits that `a1q.quant.fisher` computes at a time (64 MiB in float32): those of some positions of a batch."""
 
@@ -83,3 +87,39 @@ def fit_memory(view: ModelView, changed: Mapping[str, ModuleView]) -> int:
     latents = [module.shape[0] * module.shape[1] for module in view.modules.values() if module.latent]
     largest = max((module.shape[0] * module.shape[1] for module in changed.values()), default=0)
     return 4 * (max(view.parameters, sum(sizes)) + sum(latents) + WORKING_COPIES * largest)
+
+
+def order_memory(ctx: PlanContext, view: ModelView, changed: Mapping[str, ModuleView]) -> int:
+    """Peak bytes beside `fit_memory` while layers are fitted in order (`a1q.training.blockwise`); 0 where they aren't.
+
+    `ctx.config` has `sequential` and `reconstruct`.
+    """
+    statistics = ctx.views.get("statistics")
+    if statistics is None or not ctx.config.sequential:
+        return 0
+    trains = ctx.config.reconstruct is not None
+    hidden = view.config.get("hidden_size", 0)
+    states = statistics["tokens"] * hidden * (3 if trains else 1)  # inputs; inputs and outputs of the layer as it was
+    matrices = [sum(columns**2 for columns in layer.values()) for layer in input_matrices(changed.values()).values()]
+    layers: dict[str, list[ModuleView]] = {}
+    for module in changed.values():
+        layers.setdefault(_layer_of(module.name), []).append(module)
+    widths = max((sum(sum(module.shape) for module in layer) for layer in layers.values()), default=0)
+    weights = max((sum(module.shape[0] * module.shape[1] for module in layer) for layer in layers.values()), default=0)
+    # what linears take and give and half as much again on the way back; latents, gradients and two moments of Adam
+    training = (BATCH * statistics["length"] * widths * 5 // 2 + 4 * weights) * trains
+    return 4 * (states + 4 * max(matrices, default=0) + training)
+
+
+def input_matrices(modules: Iterable[ModuleView]) -> dict[str, dict[tuple[str, str], int]]:
+    """Decoder layer -> (module, input) -> in, of every E[x xᵀ] of `modules`."""
+    found: dict[str, dict[tuple[str, str], int]] = {}
+    for module in modules:
+        owner, _, leaf = module.name.rpartition(".")
+        found.setdefault(_layer_of(module.name), {})[owner, SHARED.get(leaf, leaf)] = module.shape[1]
+    return found
+
+
+def _layer_of(module: str) -> str:
+    """`model.layers.3` of `model.layers.3.mlp.up_proj`."""
+    return module.rpartition(".")[0].rpartition(".")[0]

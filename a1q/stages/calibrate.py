@@ -8,11 +8,8 @@ from typing import Any
 
 from a1q.engine.stage import Outcome, PlanContext, Stage, StageContext
 from a1q.models.view import PREPARED, ModelView, ModuleView
-from a1q.quant.planning import LOGITS
+from a1q.quant.planning import LOGITS, input_matrices
 from a1q.quant.statistics import measured_modules
-
-SHARED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
-"""Linears that take one input together, in the families of decoders there are."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +46,7 @@ class CalibrateStage(Stage):
         tokens = config.sequences * length
         widest = max((module.shape[1] for module in measured), default=0)
         broadest = max((max(module.shape) for module in measured if module.kind == "linear"), default=0)
-        layers = _grams(measured) if config.gram else {}
+        layers = input_matrices(measured) if config.gram else {}
         products = [sum(columns**2 for columns in layer.values()) for layer in layers.values()]
         hidden, depth = (view.config.get(key, 0) for key in ("hidden_size", "num_hidden_layers"))
         notes = [f"{len(measured)} modules over {tokens:,} tokens"]
@@ -67,6 +64,7 @@ class CalibrateStage(Stage):
                 "modules": [module.name for module in measured],
                 "prepared": view.config.get(PREPARED, ()),
                 "length": length,
+                "tokens": tokens,
             },
             disk_bytes=4 * (stored + depth * hidden**2 * bool(config.sampled)),
             memory_bytes=4 * view.parameters + max(inputs, gradients),
@@ -102,16 +100,6 @@ class CalibrateStage(Stage):
             ctx.log(f"WARNING: {warning}")
         ctx.meta.update(model=source.digest, data=entry.digest, tokens=int(tokens.size))
         ctx.metrics.update(modules=len(values), tokens=int(tokens.size))
-
-
-def _grams(modules: Iterable[ModuleView]) -> dict[str, dict[tuple[str, str], int]]:
-    """Part of the model -> (module, input) -> in, of every E[x xᵀ] that is stored."""
-    layers: dict[str, dict[tuple[str, str], int]] = {}
-    for module in modules:
-        owner, _, leaf = module.name.rpartition(".")
-        layer = owner.rpartition(".")[0]
-        layers.setdefault(layer, {})[owner, SHARED.get(leaf, leaf)] = module.shape[1]
-    return layers
 
 
 def _gradient_memory(view: ModelView, measured: Iterable[ModuleView], batch: int, length: int) -> int:

@@ -10,7 +10,7 @@ from a1q.engine.matching import resolve_rules, summarize
 from a1q.engine.stage import Outcome, PlanContext, Stage, StageContext
 from a1q.models.view import DENSE, QUANTIZED, ModelView, ModuleView
 from a1q.quant.bits import disk_bytes
-from a1q.quant.planning import check_statistics, fit_memory, notes, planned_modules
+from a1q.quant.planning import check_statistics, fit_memory, notes, order_memory, planned_modules
 from a1q.training.reconstruction import ReconstructConfig, check_reconstruction
 
 if TYPE_CHECKING:
@@ -37,6 +37,11 @@ class ConvertConfig:
     sequential: bool
     reconstruct: ReconstructConfig | None
 
+    def __post_init__(self) -> None:
+        """Layers have no order where neither fits nor training look at what they take."""
+        if self.method == "published" and self.reconstruct is None:
+            object.__setattr__(self, "sequential", False)
+
 
 class ConvertStage(Stage):
     """Fit new parts to the latent or the quantized weights of every module named."""
@@ -59,7 +64,9 @@ class ConvertStage(Stage):
         return Outcome(
             view=result,
             disk_bytes=disk_bytes(result),
-            memory_bytes=fit_memory(result, changed) + 4 * view.parameters * bool(ctx.config.kl_sequences),
+            memory_bytes=fit_memory(result, changed)
+            + order_memory(ctx, result, changed)
+            + 4 * view.parameters * bool(ctx.config.kl_sequences),
             notes=lines,
         )
 

@@ -11,7 +11,7 @@ from a1q.engine.matching import resolve_rules, summarize
 from a1q.engine.stage import Outcome, PlanContext, Stage, StageContext
 from a1q.models.view import DENSE, ModelView, ModuleView
 from a1q.quant.bits import disk_bytes
-from a1q.quant.planning import check_statistics, fit_memory, notes, planned_modules
+from a1q.quant.planning import check_statistics, fit_memory, notes, order_memory, planned_modules
 from a1q.quant.rules import Rule, read_rules
 from a1q.training.reconstruction import ReconstructConfig, check_reconstruction
 
@@ -50,7 +50,7 @@ class QuantizeStage(Stage):
         return Outcome(
             view=result,
             disk_bytes=disk_bytes(result),
-            memory_bytes=fit_memory(result, changed),
+            memory_bytes=fit_memory(result, changed) + order_memory(ctx, result, changed),
             notes=(*lines, *notes(result, changed, owners)) if changed else (),
         )
 

@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from a1q.engine.stage import StageContext
+from a1q.quant.planning import BATCH
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,9 +22,6 @@ if TYPE_CHECKING:
     from a1q.quant.importance import Inputs
     from a1q.quant.statistics import Statistics
     from a1q.training.reconstruction import ReconstructConfig
-
-BATCH = 8
-"""Sequences per batch, and so per step of a reconstruction."""
 
 
 class Options(Protocol):
@@ -97,7 +95,7 @@ class _Blockwise:
             self._fit(name, statistics.inputs(name))
         self.layers, self.last = layers, [name for name in names if name not in inside and name not in first]
         self.stream = BlockStream(model, statistics.tokens, BATCH) if first else before
-        self.reference = list(before.hidden)
+        self.reference = list(before.hidden) if options else []  # only training needs what the model gave before
 
     def run(self) -> dict[str, Any]:
         import torch
@@ -109,7 +107,8 @@ class _Blockwise:
                 targets = [self.stream.run(index, hidden, number).cpu() for number, hidden in enumerate(self.reference)]
             if names:
                 losses.append(self._layer(index, names, targets))
-            self.stream.advance(index)
+            if index < pending:
+                self.stream.advance(index)
             self.reference = targets
         for name in self.last:
             self._fit(name, self.statistics.inputs(name))

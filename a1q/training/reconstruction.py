@@ -94,10 +94,7 @@ def reconstruct(
     model.requires_grad_(False)
     groups, state = parameter_groups(block, modules, options.trainable, vars(options.lr))
     root = _root(metric, targets[0].shape[-1]).to(stream.device)
-    added = [target - hidden for target, hidden in zip(targets, stream.hidden, strict=True)]
-    scale = sum(float((change.to(root) @ root).square().sum()) for change in added) / sum(
-        change.numel() / change.shape[-1] for change in added
-    )
+    scale = _size_of_addition(targets, stream.hidden, root)
     recent: list[float] = []
 
     def loss_of(step: int, micro: int) -> tuple[Tensor, dict[str, float]]:
@@ -131,6 +128,15 @@ def reconstruct(
             module.start_latent()
     tail = recent[-max(1, len(recent) // 10) :]
     return {"first": recent[0], "last": sum(tail) / len(tail)}
+
+
+def _size_of_addition(targets: list[Tensor], hidden: list[Tensor], root: Tensor) -> float:
+    """The mean of cᵀ M c per token, c = target - hidden, both [b, L, hidden] batch by batch."""
+    total = sum(
+        float(((target - before).to(root) @ root).square().sum())
+        for target, before in zip(targets, hidden, strict=True)
+    )
+    return total / sum(target.numel() / target.shape[-1] for target in targets)
 
 
 def _root(metric: Tensor | None, size: int) -> Tensor:

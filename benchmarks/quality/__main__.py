@@ -1,5 +1,6 @@
-"""Run what is missing, one cell at a time: `python -m benchmarks.quality [--only 'pico.w2.*'] [--seeds 0,1,2]`.
+"""Run what is missing: `python -m benchmarks.quality [--only 'pico.w2.*'] [--seeds 0,1,2] [--jobs 2]`.
 
+    --jobs N  cells at a time, each on one core; where times are compared, the same N for all
     --list    the cells, and which of them are there
     --table   only write and print the tables (benchmarks/results/quality/table.md, table.json)
     --plot    only draw the plot (kl.png, kl.svg)
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="name the cells and say which are there")
     parser.add_argument("--only", nargs="+", metavar="PATTERN", help="rows or cells, as in 'pico.w2.*'")
     parser.add_argument("--seeds", type=_seeds, default=SEEDS, help="default 0,1,2")
+    parser.add_argument("--jobs", type=_jobs, default=1, metavar="N", help="cells at a time, default 1")
     parser.add_argument("--table", action="store_true", help="only write the tables of what is there")
     parser.add_argument("--plot", action="store_true", help="only draw the plot of what is there")
     options = parser.parse_args(arguments)
@@ -52,8 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     failed: list[str] = []
     if not (options.table or options.plot):
-        for row in listed:
-            failed += run_row(row, options.seeds, chosen)
+        with ThreadPoolExecutor(options.jobs) as pool:
+            for names in pool.map(lambda row: run_row(row, options.seeds, chosen), listed):
+                failed += names
         if with_layer and layer.known() is None and not run_process(layer.NAME, ["benchmarks.quality.layer"]):
             failed.append(layer.NAME)
     if options.table or not options.plot:
@@ -113,24 +117,24 @@ def run_cell(cell: Cell) -> bool:
         return False
     result = read_result(cell)
     if result is None:
-        print("  its key is another now: something that it hangs on changed meanwhile", flush=True)
+        print(f"{cell.name}: its key is another now: something that it hangs on changed meanwhile", flush=True)
         return False
-    print(f"  {result['bpw']:.3f} bits, KL {_kl(result)}", flush=True)
+    print(f"{cell.name}: {result['bpw']:.3f} bits, KL {_kl(result)}", flush=True)
     return True
 
 
 def run_process(name: str, module: Sequence[str]) -> bool:
     """Run `python -m MODULE`; say how long it took, and its last words if it failed."""
-    print(f"{name} ...", end=" ", flush=True)
+    print(f"{name} ...", flush=True)
     began = time.perf_counter()
     command = [sys.executable, "-m", *module]
     done = subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     seconds = time.perf_counter() - began
     if done.returncode:
         last = done.stdout.decode("utf-8", "replace").splitlines()[-SHOWN:]
-        print(f"failed after {seconds:.0f} s\n  " + "\n  ".join(last), flush=True)
+        print(f"{name}: failed after {seconds:.0f} s\n  " + "\n  ".join(last), flush=True)
         return False
-    print(f"{seconds:.0f} s", flush=True)
+    print(f"{name}: {seconds:.0f} s", flush=True)
     return True
 
 
@@ -147,6 +151,12 @@ def _kl(result: Any) -> str:
     """Both sides in four significant digits."""
     found = {side: "not finite" if kl is None else f"{kl:#.4g}" for side, kl in result["kl"].items()}
     return f"{found['tune']} (tune) {found['test']} (test)"
+
+
+def _jobs(text: str) -> int:
+    if not (text.isdecimal() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of cells")
+    return int(text)
 
 
 def _seeds(text: str) -> tuple[int, ...]:

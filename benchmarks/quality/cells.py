@@ -15,14 +15,13 @@ from typing import Any
 
 from benchmarks.common import RESULTS
 from benchmarks.quality.methods import METHODS
-from benchmarks.quality.protocol import LENGTH, SEEDS, SIDES, digest_of, held_out, seed_tokens
+from benchmarks.quality.protocol import LENGTH, SEEDS, SIDES, digest_of, held_out, seed_tokens, versions
 from benchmarks.quality.settings import SETTINGS
 from benchmarks.quality.teachers import TEACHERS, teacher_folder
 
-LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3)
+LEARNING_RATES = (3e-4, 1e-3, 3e-3)
 """Of the parameter set that a method names first; the grid of every trained method."""
 FOLDER = RESULTS / "quality" / "cells"
-PACKAGES = ("torch", "transformers", "numpy")
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ class Row:
     @property
     def name(self) -> str:
         """`pico.w2-200.seq`"""
-        return f"{self.teacher}.{self.setting}.{self.method}"
+        return f"{self.teacher}.{self.setting}.{self.method.replace(':', '-')}"
 
     def grid(self) -> list[Cell]:
         """The first seed at every learning rate; nothing for a method that does not train."""
@@ -105,8 +104,6 @@ def wanted(row: Row, seeds: Sequence[int], results: Mapping[Cell, Mapping[str, A
 # -- what determines a cell ----------------------------------------------------------------------------------------
 def key_parts(cell: Cell) -> dict[str, Any]:
     """Everything that its figures hang on, as JSON holds it."""
-    from importlib.metadata import version
-
     found = {
         "cell": [cell.teacher, cell.setting, cell.method, cell.seed, cell.lr],
         "length": LENGTH,
@@ -115,7 +112,7 @@ def key_parts(cell: Cell) -> dict[str, Any]:
         "teacher": _teacher_digest(cell.teacher),
         "tokens": _token_digest(cell.seed),
         "judged on": _held_out_digests(),
-        "packages": {name: version(name).partition("+")[0] for name in PACKAGES},
+        "packages": versions(),
     }
     return json.loads(json.dumps(found))
 

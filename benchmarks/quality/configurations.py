@@ -12,6 +12,11 @@ from typing import Any
 
 from a1q.training.reconstruction import ReconstructConfig, ReconstructRates
 
+VERSION = 1
+"""Counted up when code behind our fits and training changes figures, so that cached cells and fits run again."""
+GRADIENTS = 128
+"""Sequences that gradients are measured on, as `calibrate` does by default."""
+
 Specs = Mapping[int, Mapping[str, Mapping[str, Any]]]
 
 
@@ -45,11 +50,11 @@ RECONSTRUCT = ReconstructConfig(200, ("weights", "scales", "lut"), ReconstructRa
 CONFIGURATIONS: dict[str, Configuration] = {
     "a1q": Configuration(
         RANK_1,
-        train={"weights": 1.0, "scales": 0.2, "lut": 0.2},
+        train={"weights": 10.0, "scales": 1.0, "lut": 1.0},
         embedding={"scheme": "lut_lowrank", "bits": 4},
         reconstruct=RECONSTRUCT,
     ),
-    "a1q-wide": Configuration(WIDE, train={"weights": 1.0, "scales": 0.2, "lut": 0.2}, reconstruct=RECONSTRUCT),
+    "a1q-wide": Configuration(WIDE, train={"weights": 10.0, "scales": 1.0, "lut": 1.0}, reconstruct=RECONSTRUCT),
     "a1q-scales": Configuration(RANK_1, train={"scales": 1.0, "lut": 1.0}, reconstruct=RECONSTRUCT),
     "a1q-fit": Configuration(RANK_1),
     "a1q-published": Configuration(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,3 +45,9 @@ class Outcome:
     """Anything worth keeping: losses, versions of a peer, options as really used."""
     peak_bytes: int | None = None
     """Of the process that ran the method; None where it was this one."""
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has held so far."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -7,7 +7,6 @@ it decides how long an exact solve takes. Calibration runs before, and is timed 
 from __future__ import annotations
 
 import json
-import resource
 import tempfile
 import time
 from pathlib import Path
@@ -15,13 +14,14 @@ from typing import Any
 
 from benchmarks.common import machine
 from benchmarks.quality.configurations import CONFIGURATIONS
-from benchmarks.quality.measure import RSS_UNIT
-from benchmarks.quality.protocol import CALIBRATION, LENGTH, THREADS
+from benchmarks.quality.job import peak_bytes
+from benchmarks.quality.protocol import CALIBRATION, LENGTH
 from benchmarks.quality.table import LAYER
 from benchmarks.quality.teachers import linears
 
 NAME = "layer"
 BITS, RANK = 2, 8
+CORES = 2
 SHAPE = {
     "hidden_size": 1024,
     "intermediate_size": 3072,
@@ -86,7 +86,7 @@ def measure(shape: dict[str, Any], sequences: int) -> dict[str, Any]:
     from a1q.quant.statistics import Statistics
     from a1q.training.device import prepare_torch
 
-    prepare_torch(Runtime(threads=THREADS), 0)
+    prepare_torch(Runtime(threads=CORES), 0)
     model = build(shape)
     tokens = numpy.random.default_rng(0).integers(shape["vocab_size"], size=(sequences, LENGTH))
     with tempfile.TemporaryDirectory(prefix="a1q-layer-") as scratch:
@@ -106,7 +106,7 @@ def measure(shape: dict[str, Any], sequences: int) -> dict[str, Any]:
         "seconds": seconds,
         "seconds_each": each,
         "calibration_seconds": calibration,
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT,
+        "peak_bytes": peak_bytes(),
         "machine": machine(),
     }
 

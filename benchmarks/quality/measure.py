@@ -6,7 +6,6 @@ Meant to be a process of its own: then its memory is the method's, and a crash i
 from __future__ import annotations
 
 import math
-import resource
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.common import machine
 from benchmarks.quality.cells import Cell, write_result
-from benchmarks.quality.job import Job
+from benchmarks.quality.job import Job, peak_bytes
 from benchmarks.quality.methods import METHODS
 from benchmarks.quality.protocol import SIDES, THREADS, held_out, seed_tokens
 from benchmarks.quality.settings import SETTINGS
@@ -26,8 +25,6 @@ if TYPE_CHECKING:
 
 FLOAT_BITS = 16
 """What a parameter that stays as it is costs."""
-RSS_UNIT = 1 if sys.platform == "darwin" else 1024
-"""Bytes per unit of ru_maxrss."""
 
 
 def measure(cell: Cell) -> dict[str, Any]:
@@ -42,7 +39,7 @@ def measure(cell: Cell) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="a1q-quality-") as scratch:
         job = Job(folder, SETTINGS[cell.setting], seed_tokens(folder, cell.seed), cell.seed, cell.lr, Path(scratch))
         outcome = METHODS[cell.method].run(job)
-    peak = outcome.peak_bytes or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT
+    peak = outcome.peak_bytes or peak_bytes()
     teacher, student = load_model(folder), load_model(folder)
     put_weights(student, outcome.weights)
     figures = {side: evaluate_model(student, teacher, held_out(folder, side)) for side in SIDES}

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from benchmarks.quality.configurations import CONFIGURATIONS
+from benchmarks.quality.configurations import CONFIGURATIONS, GRADIENTS, VERSION
 from benchmarks.quality.job import Job, Outcome
 from benchmarks.quality.settings import SETTINGS
 
@@ -115,7 +115,9 @@ def _own_identity(name: str, setting: str) -> dict[str, Any]:
         for bits in sorted(widths)
     }
     used = {spec["scheme"] for patterns in specs.values() for spec in patterns.values()}
-    found: dict[str, Any] = {"specs": specs, "calibrate": configuration.calibrate}
+    found: dict[str, Any] = {"code": VERSION, "specs": specs, "calibrate": configuration.calibrate}
+    if configuration.calibrate:
+        found["gradients"] = GRADIENTS
     if configuration.reconstruct:
         found["reconstruct"] = asdict(configuration.reconstruct)
     if asked.whole:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
+import json
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.quality.configurations import Configuration
-from benchmarks.quality.job import Job, Outcome
-from benchmarks.quality.protocol import BATCH, CALIBRATION
+from benchmarks.quality.configurations import GRADIENTS, VERSION, Configuration
+from benchmarks.quality.fits import keep_fit, kept_fit, place_of
+from benchmarks.quality.job import Job, Outcome, peak_bytes
+from benchmarks.quality.protocol import BATCH, CALIBRATION, versions
 from benchmarks.quality.settings import Setting, bits_by_module
 from benchmarks.quality.teachers import linears
 
@@ -21,8 +23,6 @@ if TYPE_CHECKING:
     from a1q.training.reconstruction import ReconstructConfig
 
 EMBEDDING = "model.embed_tokens"
-GRADIENTS = 128
-"""Sequences that gradients are measured on, as `calibrate` does by default."""
 
 
 def run(job: Job, configuration: Configuration) -> Outcome:
@@ -37,19 +37,18 @@ def run(job: Job, configuration: Configuration) -> Outcome:
     teacher = load_model(job.teacher)
     student = copy.deepcopy(teacher)
     specs = specs_of(configuration, job.setting, [name for name, _ in linears(student)])
-    began = time.perf_counter()
-    statistics = measured(student, job) if configuration.calibrate else None
-    training = list(configuration.train) if job.setting.steps else []
-    fit(student, specs, statistics, job, configuration.reconstruct, keep_latent="weights" in training)
-    seconds = {"fit": time.perf_counter() - began}
+    record = fitted(student, specs, job, configuration)
+    seconds = {"fit": record["seconds"]}
     facts: dict[str, Any] = {}
     if job.setting.steps:
         assert job.lr is not None
         modules = [module for _, module in quantized_modules(student)]
         for module in modules:
             module.straight_through_fp16 = True
+            if "weights" in configuration.train:
+                module.start_latent()
         rates = {name: factor * job.lr for name, factor in configuration.train.items()}
-        groups, _ = parameter_groups(student, modules, training, rates)
+        groups, _ = parameter_groups(student, modules, configuration.train, rates)
         tokens = torch.from_numpy(job.tokens.training)
         found = distill(student, teacher, tokens, groups, job.setting.steps, BATCH, seed=job.seed)
         seconds["train"] = found["seconds"]
@@ -59,7 +58,44 @@ def run(job: Job, configuration: Configuration) -> Outcome:
         module.snap()
         weights[f"{name}.weight"] = module.dequantize()
         bits += module.scheme.bits(module.shape)
-    return Outcome(weights, bits, seconds, facts)
+    return Outcome(weights, bits, seconds, facts, max(peak_bytes(), record["peak_bytes"]))
+
+
+def fitted(
+    student: Any, specs: Mapping[str, Mapping[str, Any]], job: Job, configuration: Configuration
+) -> dict[str, Any]:
+    """Calibrate and fit, or take the same fit from a cell before; its `seconds` and `peak_bytes`."""
+    from a1q.models.source import resolve_source
+    from a1q.quant.build import complete, make_scheme
+    from a1q.quant.fitter import DenseFitter
+    from a1q.quant.linear import quantized_modules
+
+    complete_specs = {name: complete(spec) for name, spec in specs.items()}
+    parts = {
+        "version": VERSION,
+        "gradients": GRADIENTS,
+        "specs": complete_specs,
+        "schemes": {spec["scheme"]: make_scheme(spec).version for spec in complete_specs.values()},
+        "reconstruct": asdict(configuration.reconstruct) if configuration.reconstruct else None,
+        "calibrate": configuration.calibrate,
+        "teacher": resolve_source(str(job.teacher)).digest,
+        "tokens": job.tokens.digest,
+        "seed": job.seed,
+        "packages": versions(),
+    }
+    place = place_of(json.loads(json.dumps(parts)))
+    kept = kept_fit(place)
+    if kept is not None:
+        fitter = DenseFitter(student, specs, set(), job.seed)
+        for name in specs:
+            fitter.restore(name, kept[0][name], None)
+        return kept[1]
+    began = time.perf_counter()
+    statistics = measured(student, job) if configuration.calibrate else None
+    fit(student, specs, statistics, job, configuration.reconstruct)
+    record = {"seconds": time.perf_counter() - began, "peak_bytes": peak_bytes()}
+    keep_fit(place, dict(quantized_modules(student)), record)
+    return record
 
 
 def specs_of(configuration: Configuration, setting: Setting, names: list[str]) -> dict[str, Mapping[str, Any]]:
@@ -105,7 +141,6 @@ def fit(
     statistics: Statistics | None,
     job: Job,
     reconstruct: ReconstructConfig | None,
-    keep_latent: bool,
 ) -> None:
     """Put quantized modules in the place of dense ones, as `quantize` does."""
     from a1q.engine.stage import StageContext
@@ -113,5 +148,5 @@ def fit(
     from a1q.training.blockwise import fit_in_order
 
     ctx = StageContext("fit", None, job.seed, {}, out=job.scratch / "out", scratch=job.scratch / "fit")
-    fitter = DenseFitter(student, specs, set(specs) if keep_latent else set(), job.seed)
+    fitter = DenseFitter(student, specs, set(), job.seed)
     fit_in_order(ctx, student, list(specs), fitter, statistics, _Options(reconstruct), {})

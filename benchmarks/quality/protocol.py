@@ -21,9 +21,12 @@ LENGTH = 128
 CALIBRATION = 2048
 """Sequences a method may look at before training."""
 STEPS, BATCH = 200, 16
-THREADS = 2
+THREADS = 1
+"""Of one cell; `--jobs` runs as many cells side by side as there are cores."""
 SEEDS = (0, 1, 2)
 SIDES = ("tune", "test")
+PACKAGES = ("torch", "transformers", "numpy")
+"""Whose versions figures may hang on."""
 
 
 @dataclass(frozen=True)
@@ -82,3 +85,10 @@ def digest_of(*arrays: ndarray) -> str:
         found.update(f"{array.dtype.str}{array.shape}".encode())
         found.update(array.tobytes())
     return found.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Of the packages, without build tags."""
+    from importlib.metadata import version
+
+    return {name: version(name).partition("+")[0] for name in PACKAGES}

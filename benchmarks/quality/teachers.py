@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.quality.protocol import BATCH, LENGTH, TEXT, THREADS, held_out
+from benchmarks.quality.protocol import BATCH, LENGTH, TEXT, held_out
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -32,6 +32,8 @@ DIAG = {"seed": 20, "common": (0.5, 2.0), "outliers": 0.02, "large": (8.0, 30.0)
 HEAVY = {"seed": 21, "outliers": 0.005, "large": (6.0, 12.0), "steps": 150, "lr": 1e-3, "embedding_lr": 1e-3}
 """The share of fixed elements, their size in standard deviations of the weight (log-uniform), and the distillation."""
 RECORD = "teacher.json"
+THREADS = 2
+"""The last bits of a trained teacher hang on it."""
 
 
 def teacher_folder(name: str) -> Path:

@@ -117,3 +117,16 @@ def test_a_module_that_cannot_be_fitted_is_named(tmp_path: Path) -> None:
     broken = Artifact("model", folder, "n" * 64)
     with pytest.raises(StageError, match=rf"{re.escape(UP)}: the weight holds values that are not finite"):
         run("quantize", tmp_path / "out", {"model": broken}, {"rules": {"mlp": MLP4}})
+
+
+def test_memory_counts_the_states_between_layers_fitted_in_order(source: Artifact) -> None:
+    def needed(**options: object) -> int:
+        views = {"model": view_of(source), "statistics": {"tokens": tokens, "length": 16}}
+        return plan("quantize", views, {"rules": {"mlp": MLP4}, **options})[0].memory_bytes
+
+    hidden, found = view_of(source).config["hidden_size"], {}
+    train = {"steps": 10, "trainable": ["scales"]}
+    for tokens in (1600, 3200):
+        found[tokens] = needed(sequential=False), needed(), needed(reconstruct=train)
+        assert found[tokens][0] < found[tokens][1] < found[tokens][2]
+    assert [more - less for less, more in zip(*found.values(), strict=True)] == [0, 6400 * hidden, 19200 * hidden]

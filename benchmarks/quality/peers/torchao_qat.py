@@ -1,7 +1,7 @@
 """Quantization-aware training with torchao's integer fake quantization, distilled by the loop that every method shares.
 
 torchao's `IntxFakeQuantizeConfig` (0.18) is not what runs here: for an asymmetric group it computes tinygemm's floating
-zero point and casts it to an integer, which is then always 0, and the weights of one sign are cut off. torchao's
+zero point, in units of the weights, and uses it as an index, so that part of a group's range is cut off. torchao's
 `AffineFakeQuantize` with its moving min-max observer, which forgets everything at a constant of 1, has the integer
 zero point. It sits in the same `FakeQuantizedLinear`. Range and zero point follow the weights at every step; the
 weights of the quantized linears are what is trained.

@@ -84,7 +84,6 @@ def test_figures_have_four_significant_digits(value, text):
 
 
 def test_the_plot_is_drawn_twice_and_always_the_same(tmp_path):
-    pytest.importorskip("matplotlib")
     summaries = [summarize(row, results(), (0, 1, 2)) for row in (OURS, OTHER, TRAINED)]
     paths = draw(summaries, "pico", tmp_path)
     assert [path.name for path in paths] == ["kl.png", "kl.svg"]
