@@ -91,7 +91,7 @@ def fitted(
             fitter.restore(name, kept[0][name], None)
         return kept[1]
     began = time.perf_counter()
-    statistics = measured(student, job) if configuration.calibrate else None
+    statistics = measured(student, job, configuration) if configuration.calibrate else None
     fit(student, specs, statistics, job, configuration.reconstruct)
     record = {"seconds": time.perf_counter() - began, "peak_bytes": peak_bytes()}
     keep_fit(place, dict(quantized_modules(student)), record)
@@ -115,7 +115,7 @@ def specs_of(configuration: Configuration, setting: Setting, names: list[str]) -
     return found
 
 
-def measured(model: Any, job: Job) -> Statistics:
+def measured(model: Any, job: Job, configuration: Configuration) -> Statistics:
     """What every weight is multiplied with on the calibration tokens."""
     from a1q.quant.calibration import measure_statistics
     from a1q.quant.statistics import Statistics
@@ -123,7 +123,16 @@ def measured(model: Any, job: Job) -> Statistics:
     folder = job.scratch / "statistics"
     folder.mkdir()
     tokens = job.tokens.calibration[:CALIBRATION]
-    measure_statistics(model, tokens, Path(folder), batch_size=8, gradient_sequences=GRADIENTS, seed=job.seed)
+    # the layers' matrices are measured again, in order; the embedding's, the tied head's, are not
+    measure_statistics(
+        model,
+        tokens,
+        Path(folder),
+        batch_size=8,
+        gram=job.setting.whole,
+        gradient_sequences=GRADIENTS if configuration.reconstruct else 0,
+        seed=job.seed,
+    )
     return Statistics(folder)
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 TEXT = {"source": "builtin:prose", "holdout": 0.05}
 LENGTH = 128
 """Tokens per sequence, everywhere."""
-CALIBRATION = 2048
+CALIBRATION = 1024
 """Sequences a method may look at before training."""
 STEPS, BATCH = 200, 16
 THREADS = 1
@@ -34,7 +34,7 @@ class Tokens:
     """The train side as one seed gives it to a method."""
 
     calibration: ndarray
-    """int64 [2048, 128]"""
+    """int64 [1024, 128]"""
     training: ndarray
     """int64 [3200, 128], step by step"""
 

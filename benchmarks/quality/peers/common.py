@@ -43,7 +43,7 @@ class Job:
     model: Path
     """A Hugging Face folder."""
     calibration: Tensor
-    """int64 [2048, 128]"""
+    """int64 [n, 128]"""
     training: Tensor
     """int64 [3200, 128], in the order of training."""
     out: Path

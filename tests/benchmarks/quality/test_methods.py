@@ -29,6 +29,11 @@ def teacher(tmp_path_factory):
     return tiny_folder(tmp_path_factory.mktemp("teacher") / "model")
 
 
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("A1Q_HOME", str(tmp_path / "home"))  # no fit of a run before
+
+
 def job(teacher, scratch, setting, lr=None):
     random = np.random.default_rng(0)
     tokens = Tokens(random.integers(320, size=(8, 16)), random.integers(320, size=(16 * STEPS, 16)))
