@@ -38,8 +38,7 @@ def nearest(values: Tensor, lut: Tensor) -> Tensor:
 
 def safe_scale(scale: Tensor) -> Tensor:
     """`scale` with |scale| at least `FLOOR` and its sign kept, for use as a divisor."""
-    sign = torch.where(scale < 0, -1.0, 1.0).to(scale.dtype)
-    return sign * scale.abs().clamp_min(FLOOR)
+    return scale.abs().clamp_min_(FLOOR).copysign_(scale)
 
 
 def lookup(lut: Tensor, indices: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from a1q.quant.build import complete, make_scheme
 
 WORKING_COPIES = 12
 """Buffers of the size of the largest weight, in float32, that a fit keeps at its peak."""
-BATCH = 8
+BATCH = 4
 """Sequences at a time through a decoder layer while layers are fitted in order, and in a step of a reconstruction."""
 SHARED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
 """Linears that take one input together, in the families of decoders there are."""

@@ -12,12 +12,22 @@ from typing import Any
 
 from a1q.training.reconstruction import ReconstructConfig, ReconstructRates
 
-VERSION = 1
+VERSION = 2
 """Counted up when code behind our fits and training changes figures, so that cached cells and fits run again."""
 GRADIENTS = 128
 """Sequences that gradients are measured on, as `calibrate` does by default."""
 
 Specs = Mapping[int, Mapping[str, Mapping[str, Any]]]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How many bits linears may take together, and which each may have."""
+
+    bpw: float
+    bits: tuple[int, ...]
+    sequences: int = 32
+    """That the KL of every choice is measured on, of the calibration text; choices are fitted by `als` for it."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +40,8 @@ class Configuration:
     """The scheme of a quantized embedding, its bits included; setting `whole` only."""
     reconstruct: ReconstructConfig | None = None
     """How every decoder layer is trained by itself after its fit."""
+    budget: Mapping[int, Budget] = field(default_factory=dict)
+    """By the setting's bits: other bits for single linears where that helps, as `allocate` finds them."""
     calibrate: bool = True
     """Whether E[x²] and E[x xᵀ] are measured first; a fit without them hangs on no seed."""
 
@@ -55,6 +67,12 @@ CONFIGURATIONS: dict[str, Configuration] = {
         reconstruct=RECONSTRUCT,
     ),
     "a1q-wide": Configuration(WIDE, train={"weights": 10.0, "scales": 1.0, "lut": 1.0}, reconstruct=RECONSTRUCT),
+    "a1q-budget": Configuration(
+        RANK_1,
+        train={"weights": 10.0, "scales": 1.0, "lut": 1.0},
+        reconstruct=RECONSTRUCT,
+        budget={2: Budget(2.25, (1, 2, 3, 4)), 3: Budget(3.25, (2, 3, 4, 5))},
+    ),
     "a1q-scales": Configuration(RANK_1, train={"scales": 1.0, "lut": 1.0}, reconstruct=RECONSTRUCT),
     "a1q-fit": Configuration(RANK_1),
     "a1q-published": Configuration(

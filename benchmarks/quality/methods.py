@@ -85,7 +85,8 @@ def _peer(
 
 METHODS: dict[str, Method] = {
     "a1q": _own("a1q", *UNTRAINED, "w2-200", "w2a4-200", "whole", teachers=ALL),
-    "a1q-wide": _own("a1q-wide", *UNTRAINED, "w2-200", teachers=ALL),
+    "a1q-wide": _own("a1q-wide", *UNTRAINED, teachers=ALL),
+    "a1q-budget": _own("a1q-budget", "w2", "w3", "w2-200"),
     "a1q-scales": _own("a1q-scales", "w2-200"),
     "a1q-fit": _own("a1q-fit", *UNTRAINED, teachers=ALL),
     "a1q-published": _own("a1q-published", "w2", "w4", teachers=ALL),
@@ -111,7 +112,7 @@ def _own_identity(name: str, setting: str) -> dict[str, Any]:
     configuration, asked = CONFIGURATIONS[name], SETTINGS[setting]
     widths = {asked.bits} if isinstance(asked.bits, int) else set(asked.bits.values())
     specs = {
-        str(bits): {pattern: complete({**spec, "bits": bits}) for pattern, spec in configuration.specs[bits].items()}
+        str(bits): {pattern: complete({"bits": bits, **spec}) for pattern, spec in configuration.specs[bits].items()}
         for bits in sorted(widths)
     }
     used = {spec["scheme"] for patterns in specs.values() for spec in patterns.values()}
@@ -120,6 +121,8 @@ def _own_identity(name: str, setting: str) -> dict[str, Any]:
         found["gradients"] = GRADIENTS
     if configuration.reconstruct:
         found["reconstruct"] = asdict(configuration.reconstruct)
+    if isinstance(asked.bits, int) and asked.bits in configuration.budget:
+        found["budget"] = asdict(configuration.budget[asked.bits])
     if asked.whole:
         found["embedding"] = complete(configuration.embedding)
         used.add(found["embedding"]["scheme"])

@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.quality.configurations import GRADIENTS, VERSION, Configuration
+from benchmarks.quality.configurations import GRADIENTS, VERSION, Budget, Configuration
 from benchmarks.quality.fits import keep_fit, kept_fit, place_of
 from benchmarks.quality.job import Job, Outcome, peak_bytes
 from benchmarks.quality.protocol import BATCH, CALIBRATION, versions
@@ -39,7 +39,7 @@ def run(job: Job, configuration: Configuration) -> Outcome:
     specs = specs_of(configuration, job.setting, [name for name, _ in linears(student)])
     record = fitted(student, specs, job, configuration)
     seconds = {"fit": record["seconds"]}
-    facts: dict[str, Any] = {}
+    facts: dict[str, Any] = {"module_bits": {name: spec["bits"] for name, spec in record["specs"].items()}}
     if job.setting.steps:
         assert job.lr is not None
         modules = [module for _, module in quantized_modules(student)]
@@ -64,13 +64,14 @@ def run(job: Job, configuration: Configuration) -> Outcome:
 def fitted(
     student: Any, specs: Mapping[str, Mapping[str, Any]], job: Job, configuration: Configuration
 ) -> dict[str, Any]:
-    """Calibrate and fit, or take the same fit from a cell before; its `seconds` and `peak_bytes`."""
+    """Calibrate and fit, or take the same fit from a cell before; its `seconds`, `peak_bytes` and `specs`."""
     from a1q.models.source import resolve_source
     from a1q.quant.build import complete, make_scheme
     from a1q.quant.fitter import DenseFitter
     from a1q.quant.linear import quantized_modules
 
     complete_specs = {name: complete(spec) for name, spec in specs.items()}
+    budget = configuration.budget.get(job.setting.bits) if isinstance(job.setting.bits, int) else None
     parts = {
         "version": VERSION,
         "gradients": GRADIENTS,
@@ -78,6 +79,7 @@ def fitted(
         "schemes": {spec["scheme"]: make_scheme(spec).version for spec in complete_specs.values()},
         "reconstruct": asdict(configuration.reconstruct) if configuration.reconstruct else None,
         "calibrate": configuration.calibrate,
+        **({"budget": asdict(budget)} if budget else {}),
         "teacher": resolve_source(str(job.teacher)).digest,
         "tokens": job.tokens.digest,
         "seed": job.seed,
@@ -86,14 +88,22 @@ def fitted(
     place = place_of(json.loads(json.dumps(parts)))
     kept = kept_fit(place)
     if kept is not None:
-        fitter = DenseFitter(student, specs, set(), job.seed)
-        for name in specs:
+        fitter = DenseFitter(student, kept[1]["specs"], set(), job.seed)
+        for name in kept[1]["specs"]:
             fitter.restore(name, kept[0][name], None)
         return kept[1]
     began = time.perf_counter()
     statistics = measured(student, job, configuration) if configuration.calibrate else None
+    if budget is not None:
+        assert statistics is not None
+        specs = within_budget(student, specs, statistics, job, budget)
     fit(student, specs, statistics, job, configuration.reconstruct)
-    record = {"seconds": time.perf_counter() - began, "peak_bytes": peak_bytes()}
+    seconds = time.perf_counter() - began
+    record = {
+        "seconds": seconds,
+        "peak_bytes": peak_bytes(),
+        "specs": {name: dict(spec) for name, spec in specs.items()},
+    }
     keep_fit(place, dict(quantized_modules(student)), record)
     return record
 
@@ -111,8 +121,32 @@ def specs_of(configuration: Configuration, setting: Setting, names: list[str]) -
         matching = [spec for pattern, spec in configuration.specs[bits].items() if fnmatchcase(name, pattern)]
         if not matching:
             raise KeyError(f"no pattern for {name} at {bits} bits")
-        found[name] = {**matching[0], "bits": bits}
+        found[name] = {"bits": bits, **matching[0]}
     return found
+
+
+def within_budget(
+    model: Any, specs: Mapping[str, Mapping[str, Any]], statistics: Statistics, job: Job, budget: Budget
+) -> dict[str, Mapping[str, Any]]:
+    """`specs` with the bits of every linear that `allocate` would choose."""
+    from a1q.distill.sensitivity import Divergences, quantized_weight
+    from a1q.quant.allocation import Choice, allocate
+    from a1q.quant.build import make_scheme
+
+    meter = Divergences(model, job.tokens.calibration[: budget.sequences], BATCH)
+    choices: dict[str, list[Choice]] = {}
+    weights = 0
+    for name in meter.ordered(specs):
+        dense, inputs = model.get_submodule(name), statistics.inputs(name)
+        options = [{**specs[name], "bits": bits} for bits in budget.bits]
+        tried = [quantized_weight(name, dense, {**option, "fit": "als"}, inputs, job.seed) for option in options]
+        prices = [make_scheme(option).bits(tuple(dense.weight.shape)) for option in options]
+        losses = meter.of(name, tried, lambda: None)
+        choices[name] = [Choice(bits, loss) for bits, loss in zip(prices, losses, strict=True)]
+        weights += dense.weight.numel()
+    found = allocate(list(choices.values()), int(budget.bpw * weights))
+    chosen = {name: budget.bits[place] for name, place in zip(choices, found.chosen, strict=True)}
+    return {name: {**spec, "bits": chosen[name]} for name, spec in specs.items()}
 
 
 def measured(model: Any, job: Job, configuration: Configuration) -> Statistics:

@@ -11,7 +11,7 @@ from a1q.distill.evaluate import evaluate_model
 from a1q.errors import StageError
 from a1q.models.checkpoint import load_model
 from benchmarks.quality import peer
-from benchmarks.quality.configurations import CONFIGURATIONS
+from benchmarks.quality.configurations import CONFIGURATIONS, Budget
 from benchmarks.quality.job import Job
 from benchmarks.quality.measure import put_weights
 from benchmarks.quality.methods import METHODS
@@ -173,3 +173,13 @@ def _tiny():
     from tests.tiny import tiny_model
 
     return tiny_model()
+
+
+def test_a_budget_gives_linears_bits_of_their_own(teacher, tmp_path, monkeypatch):
+    budget = Budget(3.1, (1, 2, 3, 4), sequences=2)
+    monkeypatch.setitem(CONFIGURATIONS["a1q-budget"].budget, 2, budget)
+    outcome = METHODS["a1q-budget"].run(job(teacher, tmp_path, Setting(2)))
+    count = sum(weight.numel() for weight in outcome.weights.values())
+    assert 2.9 < outcome.bits / count <= 3.1
+    assert set(outcome.facts["module_bits"].values()) <= set(budget.bits)
+    assert len(set(outcome.facts["module_bits"].values())) > 1
