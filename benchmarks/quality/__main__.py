@@ -99,7 +99,7 @@ def run_row(row: Row, seeds: Sequence[int], chosen: Choice) -> list[str]:
     left_out: set[Cell] = set()
     while new := [cell for cell in wanted(row, seeds, results) if cell not in results and cell not in left_out]:
         for cell in new:
-            if (found := read_result(cell)) is None and chosen.cell(cell):
+            if (found := read_result(cell)) is None and (chosen.cell(cell) or chosen.match(row.name)):
                 if not run_cell(cell):
                     return [cell.name]
                 found = read_result(cell)

@@ -1,7 +1,8 @@
 """The cells: which there are, what determines each one, and their results on disk.
 
 A cell is one run: teacher, setting, method, seed and, where it trains, a learning rate of the one grid. The grid is
-searched with the first seed on the tune side; the best rate there then runs with the other seeds.
+searched with the first seed on the tune side; the best rate there then runs with the other seeds. Others' methods get
+the best rate of every row; ours keep the one that was best in a single row.
 """
 
 from __future__ import annotations
@@ -60,10 +61,12 @@ class Row:
         return f"{self.teacher}.{self.setting}.{self.method.replace(':', '-')}"
 
     def grid(self) -> list[Cell]:
-        """The first seed at every learning rate; nothing for a method that does not train."""
-        if not METHODS[self.method].trains(self.setting):
+        """The first seed at every learning rate, in the row where the method's rate is chosen; empty if none trains."""
+        method = METHODS[self.method]
+        if not method.trains(self.setting):
             return []
-        return [Cell(self.teacher, self.setting, self.method, SEEDS[0], lr) for lr in LEARNING_RATES]
+        place = method.tuned_at or (self.teacher, self.setting, self.method)
+        return [Cell(*place, SEEDS[0], lr) for lr in LEARNING_RATES]
 
     def cells(self, seeds: Sequence[int], lr: float | None) -> list[Cell]:
         """Those that are reported, at the learning rate chosen; one for a method without a seed."""

@@ -62,16 +62,16 @@ RECONSTRUCT = ReconstructConfig(200, ("weights", "scales", "lut"), ReconstructRa
 CONFIGURATIONS: dict[str, Configuration] = {
     "a1q": Configuration(
         RANK_1,
-        train={"weights": 10.0, "scales": 1.0, "lut": 1.0},
+        train={"weights": 30.0, "scales": 3.0, "lut": 3.0},
         embedding={"scheme": "lut_lowrank", "bits": 4},
         reconstruct=RECONSTRUCT,
     ),
-    "a1q-wide": Configuration(WIDE, train={"weights": 10.0, "scales": 1.0, "lut": 1.0}, reconstruct=RECONSTRUCT),
+    "a1q-wide": Configuration(WIDE, reconstruct=RECONSTRUCT),
     "a1q-budget": Configuration(
         RANK_1,
-        train={"weights": 10.0, "scales": 1.0, "lut": 1.0},
+        train={"weights": 30.0, "scales": 3.0, "lut": 3.0},
         reconstruct=RECONSTRUCT,
-        budget={2: Budget(2.25, (1, 2, 3, 4)), 3: Budget(3.25, (2, 3, 4, 5))},
+        budget={2: Budget(2.25, (1, 2, 3, 4))},
     ),
     "a1q-scales": Configuration(RANK_1, train={"scales": 1.0, "lut": 1.0}, reconstruct=RECONSTRUCT),
     "a1q-fit": Configuration(RANK_1),

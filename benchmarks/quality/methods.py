@@ -12,8 +12,10 @@ from benchmarks.quality.settings import SETTINGS
 
 ALL = ("pico", "pico-diag", "pico-heavy")
 UNTRAINED = ("w2", "w2a4", "w3", "w4")
-ASKED = {"pico-diag": ("w2",), "pico-heavy": ("w2", "w2-200")}
+ASKED = {"pico-diag": ("w2",), "pico-heavy": ("w2",)}
 """The settings of teachers that don't take part in all."""
+OURS = ("pico", "w2-200", "a1q")
+"""Where our learning rate is chosen: one configuration for all cells."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,8 @@ class Method:
     calibrated: bool = True
     """Whether it looks at the calibration tokens; one that does not, and does not train, hangs on no seed."""
     teachers: tuple[str, ...] = ("pico",)
+    tuned_at: tuple[str, str, str] | None = None
+    """Teacher, setting and method where its one learning rate is chosen; None: every row has its own."""
     version: int = 1
     """Counted up when the code behind it changes figures, so that cached cells run again."""
 
@@ -84,17 +88,16 @@ def _peer(
 
 
 METHODS: dict[str, Method] = {
-    "a1q": _own("a1q", *UNTRAINED, "w2-200", "w2a4-200", "whole", teachers=ALL),
-    "a1q-wide": _own("a1q-wide", *UNTRAINED, teachers=ALL),
-    "a1q-budget": _own("a1q-budget", "w2", "w3", "w2-200"),
+    "a1q": _own("a1q", *UNTRAINED, "w2-200", "w2a4-200", "whole", teachers=ALL, tuned_at=OURS),
+    "a1q-wide": _own("a1q-wide", "w2"),
+    "a1q-budget": _own("a1q-budget", "w2", "w2-200", tuned_at=OURS),
     "a1q-scales": _own("a1q-scales", "w2-200"),
-    "a1q-fit": _own("a1q-fit", *UNTRAINED, teachers=ALL),
+    "a1q-fit": _own("a1q-fit", *UNTRAINED),
     "a1q-published": _own("a1q-published", "w2", "w4", teachers=ALL),
     "a1q-lut": _own("a1q-lut", "w2", "w4"),
     "rtn": _own("rtn", *UNTRAINED, teachers=ALL),
     "seq": _other("seq", {"weights": 1.0, "scales": 1.0}, teachers=ALL, group_size=64, start="mse"),
     "dwq": _other("dwq", {"scales": 1.0}, group_size=64),
-    "dwq-32": _other("dwq", {"scales": 1.0}, group_size=32),
     "peer:gptq": _peer("gptq", *UNTRAINED, teachers=ALL),
     "peer:autoround": _peer("autoround", *UNTRAINED, teachers=ALL, iters=200),
     "peer:autoround-1000": _peer("autoround", "w2", iters=1000),

@@ -49,9 +49,9 @@ def _pico(setting: str, method: str) -> Row:
 
 TARGETS = (
     Target("2 bit, rank 1, untrained", _pico("w2", "a1q"), 0.85, _pico("w2", "peer:autoround"), bpw=2.10, stretch=True),
-    Target("2 bit, untrained", _pico("w2", "a1q-wide"), 0.70, _pico("w2", "peer:autoround"), bpw=2.25, stretch=True),
+    Target("2 bit, untrained", _pico("w2", "a1q-budget"), 0.70, _pico("w2", "peer:autoround"), bpw=2.25, stretch=True),
     Target("2 bit, rank 1, 200 steps", _pico("w2-200", "a1q"), 0.80, _pico("w2-200", "seq"), bpw=2.10, stretch=True),
-    Target("2 bit, 200 steps", _pico("w2-200", "a1q-wide"), 0.70, _pico("w2-200", "seq"), bpw=2.25, stretch=True),
+    Target("2 bit, 200 steps", _pico("w2-200", "a1q-budget"), 0.70, _pico("w2-200", "seq"), bpw=2.25, stretch=True),
     Target(
         "2-bit MLP, 4-bit attention, 200 steps",
         _pico("w2a4-200", "a1q"),
@@ -61,7 +61,7 @@ TARGETS = (
         stretch=True,
     ),
     Target("4 bit, rank 1, untrained", _pico("w4", "a1q"), 0.85, _pico("w4", "peer:gptq"), bpw=4.11),
-    Target("3 bit, untrained", _pico("w3", "a1q-wide"), 0.80, _pico("w3", "peer:autoround"), bpw=3.25, stretch=True),
+    Target("3 bit, untrained", _pico("w3", "a1q"), 0.80, _pico("w3", "peer:autoround"), bpw=3.25, stretch=True),
     Target(
         "whole model, 200 steps",
         _pico("whole", "a1q"),

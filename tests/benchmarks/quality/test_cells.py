@@ -38,7 +38,8 @@ def result(tune: float | None, test: float = 1.0):
 
 
 def test_names_are_unique_and_good_for_files():
-    names = [cell.name for row in rows() for cell in (row.grid() or row.cells((0, 1, 2), None))]
+    cells = {cell for row in rows() for cell in (row.grid() or row.cells((0, 1, 2), None))}
+    names = [cell.name for cell in cells]
     assert len(set(names)) == len(names) > 80
     assert all(set(name) <= set("abcdefghijklmnopqrstuvwxyz0123456789.-") for name in names)
     assert Cell("pico", "w2-200", "seq", 1, 3e-4).name == "pico.w2-200.seq.lr3e-04.seed1"
@@ -60,6 +61,14 @@ def test_the_grid_is_searched_on_the_tune_side_and_the_best_rate_gets_the_other_
     del results[grid[2]]
     assert best_rate(results, grid) is None and wanted(SEQ, (0, 1, 2), results) == grid
     assert best_rate({cell: result(None) for cell in grid}, grid) is None
+
+
+def test_ours_has_one_rate_for_all():
+    row = Row("pico", "w2a4-200", "a1q")
+    grid = row.grid()
+    assert grid == Row("pico", "w2-200", "a1q").grid()
+    results = {cell: result(tune) for cell, tune in zip(grid, (2, 1, 3), strict=True)}
+    assert [cell for cell in wanted(row, (0, 1), results) if cell not in grid] == row.cells((0, 1), LEARNING_RATES[1])
 
 
 def test_what_hangs_on_no_seed_runs_once():

@@ -28,7 +28,7 @@ def result(test: float | None, tune: float | None = 1.0, bpw: float = 2.1, fit: 
 def results():
     found = {cell: result(0.01 * (1 + cell.seed)) for cell in OURS.cells((0, 1, 2), None)}
     found |= {cell: result(0.04, bpw=2.281, fit=40.0) for cell in OTHER.cells((0, 1, 2), None)}
-    tunes = dict(zip(LEARNING_RATES, (0.4, 0.1, 0.2, 0.3), strict=True))
+    tunes = dict(zip(LEARNING_RATES, (0.4, 0.1, 0.2), strict=True))
     found |= {cell: result(0.5, tune=tunes[cell.lr]) for cell in TRAINED.grid()}
     return found
 
