@@ -62,14 +62,14 @@ RECONSTRUCT = ReconstructConfig(200, ("weights", "scales", "lut"), ReconstructRa
 CONFIGURATIONS: dict[str, Configuration] = {
     "a1q": Configuration(
         RANK_1,
-        train={"weights": 30.0, "scales": 3.0, "lut": 3.0},
+        train={"weights": 30.0, "scales": 1.0, "lut": 1.0},
         embedding={"scheme": "lut_lowrank", "bits": 4},
         reconstruct=RECONSTRUCT,
     ),
     "a1q-wide": Configuration(WIDE, reconstruct=RECONSTRUCT),
     "a1q-budget": Configuration(
         RANK_1,
-        train={"weights": 30.0, "scales": 3.0, "lut": 3.0},
+        train={"weights": 30.0, "scales": 1.0, "lut": 1.0},
         reconstruct=RECONSTRUCT,
         budget={2: Budget(2.25, (1, 2, 3, 4))},
     ),
