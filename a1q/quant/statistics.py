@@ -73,8 +73,10 @@ class Statistics:
             raise StageError(f"{self.folder / TOKENS} is damaged: it holds ids beyond 0 to {self._vocabulary - 1}")
         return torch.bincount(ids, minlength=self._vocabulary)
 
-    def inputs(self, name: str) -> Inputs | None:
+    def inputs(self, name: str, gram: bool = True) -> Inputs | None:
         """What the weight of module `name` is multiplied with; None for a module that was not measured.
+
+        Without `gram` E[x xᵀ] is left out, and fits take a fraction of the time.
 
         Of an embedding or a head, rows count as often as their tokens occur, and once more, for those that did not. A
         row is looked up that often, and errors of its logit enter the KL in second order by the token's probability.
@@ -88,7 +90,11 @@ class Statistics:
             square = torch.ones(self._hidden)
         if square is None:
             return None
-        return Inputs(square, self._gram(name), self.counts + 1.0 if name in (self._embedding, self._head) else None)
+        return Inputs(
+            square,
+            self._gram(name) if gram else None,
+            self.counts + 1.0 if name in (self._embedding, self._head) else None,
+        )
 
     def sensitivity(self, layer: str) -> Tensor | None:
         """F [hidden, hidden] of the output of decoder layer `layer` (`model.layers.3`); None where it wasn't measured.

@@ -58,6 +58,7 @@ class AllocateConfig:
     candidates: Mapping[str, tuple[Mapping[str, Any], ...]]
     statistics: str | None
     sequences: int
+    exact: bool
     batch: int
 
 
@@ -91,6 +92,7 @@ class Options:
 class AllocateStage(Stage):
     """Measure every candidate of every module, then solve a knapsack problem."""
 
+    version = 2
     Config = AllocateConfig
 
     def plan(self, ctx: PlanContext) -> Outcome:
@@ -259,7 +261,8 @@ class _Measuring:
         from a1q.distill.sensitivity import quantized_weight
 
         dense = self._model.get_submodule(name)
-        return quantized_weight(name, dense, candidate.scheme, self._statistics.inputs(name), self._ctx.seed)
+        inputs = self._statistics.inputs(name, gram=self._ctx.config.exact)
+        return quantized_weight(name, dense, candidate.scheme, inputs, self._ctx.seed)
 
     def _tick(self) -> None:
         self._step += 1

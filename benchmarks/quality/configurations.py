@@ -27,7 +27,7 @@ class Budget:
     bpw: float
     bits: tuple[int, ...]
     sequences: int = 32
-    """That the KL of every choice is measured on, of the calibration text; choices are fitted by `als` for it."""
+    """Of the calibration text, that the KL of every choice is measured on, fitted without E[x xᵀ]."""
 
 
 @dataclass(frozen=True)

@@ -137,9 +137,9 @@ def within_budget(
     choices: dict[str, list[Choice]] = {}
     weights = 0
     for name in meter.ordered(specs):
-        dense, inputs = model.get_submodule(name), statistics.inputs(name)
+        dense, inputs = model.get_submodule(name), statistics.inputs(name, gram=False)
         options = [{**specs[name], "bits": bits} for bits in budget.bits]
-        tried = [quantized_weight(name, dense, {**option, "fit": "als"}, inputs, job.seed) for option in options]
+        tried = [quantized_weight(name, dense, option, inputs, job.seed) for option in options]
         prices = [make_scheme(option).bits(tuple(dense.weight.shape)) for option in options]
         losses = meter.of(name, tried, lambda: None)
         choices[name] = [Choice(bits, loss) for bits, loss in zip(prices, losses, strict=True)]

@@ -274,3 +274,15 @@ def test_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert done.exit_code == 3 and "can't be met" in done.output
     done = a1q("validate", recipe, "--set", "stages.small.rules=calibrate")
     assert done.exit_code == 2 and "expected a stage that makes a rules" in done.output
+
+
+def test_quick_and_exact_measuring_rank_alike_and_exact_fits_lose_less(
+    source: Artifact, statistics: Artifact, made: tuple[Artifact, Any], tmp_path: Path
+) -> None:
+    exact, _ = run("allocate", tmp_path, {"model": source, "statistics": statistics}, {**OPTIONS, "exact": True})
+    losses = [
+        [item["kl"] for module in document(each)["modules"].values() for item in module["candidates"]]
+        for each in (made[0], exact)
+    ]
+    assert np.corrcoef(np.log(losses))[0, 1] > 0.9
+    assert sum(losses[1]) < sum(losses[0])
