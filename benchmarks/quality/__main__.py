@@ -107,6 +107,8 @@ def run_row(row: Row, seeds: Sequence[int], chosen: Choice) -> list[str]:
                 left_out.add(cell)
             else:
                 results[cell] = found
+    if missing := [cell.name for cell in row.grid() if cell in left_out]:
+        print(f"{row.name}: its learning rate is not chosen without {', '.join(missing)}", flush=True)
     return []
 
 

@@ -45,10 +45,11 @@ def test_what_is_there_is_not_run_again(ran):
     assert ran == [f"pico.w2.a1q.seed{seed}" for seed in (0, 1, 2)]
 
 
-def test_one_cell_runs_alone(ran):
+def test_one_cell_runs_alone(ran, capsys):
     name = f"pico.w2-200.seq.lr{LEARNING_RATES[1]:.0e}.seed0"
     command.run_row(Row("pico", "w2-200", "seq"), (0, 1, 2), command.Choice([name]))
     assert ran == [name]
+    assert "its learning rate is not chosen without pico.w2-200.seq.lr3e-04.seed0" in capsys.readouterr().out
 
 
 def test_a_failure_is_named_and_ends_its_row(ran, monkeypatch, tmp_path, capsys):
