@@ -120,6 +120,7 @@ class Interpreter:
             inputs=inputs,
             out=self.store.out(key),
             scratch=self.store.scratch(key),
+            shared=lambda identity: self.store.shared({"stage": planned.type, **identity}),
             runtime=self.plan.runtime,
             groups=planned.groups,
             data=data,

@@ -118,6 +118,9 @@ class StageContext:
     scratch: Path
     """A folder that survives kill and is found again by the same command: checkpoints live here.
     Deleted when the stage has been published."""
+    shared: Callable[[Mapping[str, Any]], Path] | None = None
+    """JSON values -> a folder for what hangs on them alone: this stage finds it again with other options. Two runs may
+    write there at a time, and it may be gone later. None: there is no such place."""
     runtime: Runtime = field(default_factory=Runtime)
     groups: Mapping[str, Group] = field(default_factory=dict)
     data: Mapping[str, DataEntry] = field(default_factory=dict)

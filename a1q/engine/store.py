@@ -26,6 +26,7 @@ from a1q.engine.artifact import (
     canonical_json,
     digest_of,
     manifest_of,
+    sha256_bytes,
     sha256_file,
 )
 from a1q.engine.files import copy_file, fsync_path, fsync_tree, home, remove_tree
@@ -81,6 +82,12 @@ class Store:
     def scratch(self, key: str) -> Path:
         """The checkpoints of an unfinished stage."""
         return self.root / "work" / key
+
+    def shared(self, identity: Mapping[str, Any]) -> Path:
+        """A folder among the scratch for what hangs on `identity` (JSON values) alone, whoever wants it."""
+        folder = self.scratch(sha256_bytes(canonical_json(dict(identity))))
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
 
     def lock_path(self, key: str) -> Path:
         """The lock file of `key`."""

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 PINNED = "rules.yaml"
 MEASURED = "sensitivity.json"
-"""In the scratch folder: what is measured already, so that a stage that was killed goes on."""
+"""What is measured already: a stage that was killed goes on, and another budget finds it too."""
 
 
 @dataclass(frozen=True)
@@ -237,11 +237,12 @@ class _Measuring:
         self._steps = (sum(map(len, options.candidates.values())) + 1) * self._meter.batches
 
     def each(self) -> dict[str, list[float]]:
-        """KL of every candidate alone, by module; kept in the scratch folder module by module."""
+        """KL of every candidate alone, by module; kept module by module."""
         from a1q.engine.files import write_atomic
         from a1q.engine.rundir import read_json
 
-        kept = self._ctx.scratch / MEASURED
+        shared = self._ctx.shared
+        kept = (shared(self._identity()) if shared else self._ctx.scratch) / MEASURED
         found: dict[str, list[float]] = read_json(kept)
         self._step = self._meter.batches * sum(map(len, found.values()))
         for name in self._meter.ordered(self._options.candidates):
@@ -250,6 +251,27 @@ class _Measuring:
                 found[name] = self._meter.of(name, weights, self._tick)
                 write_atomic(kept, json.dumps(found))
         return found
+
+    def _identity(self) -> dict[str, Any]:
+        """All that the KL of a single candidate hangs on; the budget is not in it."""
+        from a1q.training.device import machine_identity
+
+        ctx = self._ctx
+        model, statistics = ctx.inputs["model"], ctx.inputs["statistics"]
+        assert model is not None and statistics is not None
+        candidates = {name: [item.scheme for item in items] for name, items in sorted(self._options.candidates.items())}
+        return {
+            "version": AllocateStage.version,
+            "model": model.digest,
+            "statistics": statistics.digest,
+            "seed": ctx.seed,
+            "sequences": ctx.config.sequences,
+            "batch": ctx.config.batch,
+            "exact": ctx.config.exact,
+            "candidates": json.loads(json.dumps(candidates, default=dict)),
+            "schemes": _scheme_versions(self._options),
+            **machine_identity(ctx.runtime),
+        }
 
     def together(self, chosen: Mapping[str, int]) -> float:
         """KL with every module quantized as chosen."""
@@ -269,6 +291,13 @@ class _Measuring:
         self._ctx.progress(self._step, self._steps)
 
 
+def _scheme_versions(options: Options) -> dict[str, list[Any]]:
+    """Scheme -> its version and the digest of its code, of every scheme among the candidates."""
+    registry = active_registry()
+    names = sorted({item.scheme["scheme"] for items in options.candidates.values() for item in items})
+    return {name: [registry.get("schemes", name).version, registry.digest("schemes", name)] for name in names}
+
+
 def _write(
     ctx: StageContext,
     view: ModelView,
@@ -281,16 +310,14 @@ def _write(
     """rules.json with everything measured, rules.yaml to paste, and the metrics."""
     from a1q.quant.pinning import pinned, pinned_text
 
-    registry = active_registry()
     taken = {name: options.candidates[name][index] for name, index in chosen.items()}
     bits = options.rest + found.bits
-    names = sorted({item.scheme["scheme"] for items in options.candidates.values() for item in items})
     document = {
         "budget": {"bits_per_param": options.budget / view.parameters, "bytes": options.budget // 8},
         "reached": {"bits_per_param": bits / view.parameters, "bytes": -(-bits // 8)},
         "kl": {"predicted": found.loss, "bound": found.bound, "measured": measured},
         # Whoever takes these rules runs again when the code of a scheme has changed, whatever was chosen.
-        "schemes": {name: [registry.get("schemes", name).version, registry.digest("schemes", name)] for name in names},
+        "schemes": _scheme_versions(options),
         "modules": {
             name: {
                 "group": options.groups[name],

@@ -14,6 +14,7 @@ import yaml
 
 from a1q.engine.artifact import Artifact
 from a1q.engine.stage import Group
+from a1q.engine.store import Store
 from a1q.errors import Interrupted
 from a1q.models.checkpoint import load_model
 from a1q.quant.bits import bpw_model, model_bits
@@ -226,6 +227,32 @@ def test_a_stage_that_was_stopped_goes_on_to_the_same_rules(
     artifact, _ = run("allocate", tmp_path, inputs, OPTIONS)
     assert len(asked) == 15 - len(measured) and not set(asked) & set(measured)
     assert document(artifact) == document(made[0])
+
+
+def test_another_budget_measures_nothing_again(
+    tmp_path: Path, source: Artifact, statistics: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from a1q.distill import sensitivity
+
+    store = Store(tmp_path / "store")
+    inputs = {"model": source, "statistics": statistics}
+    (tmp_path / "a").mkdir()
+    first, _ = run("allocate", tmp_path / "a", inputs, OPTIONS, shared=store.shared)
+    of = sensitivity.Divergences.of
+    monkeypatch.setattr(sensitivity.Divergences, "of", None)
+    (tmp_path / "b").mkdir()
+    less = {**OPTIONS, "budget": {"bits_per_param": 4.0}}
+    second, ctx = run("allocate", tmp_path / "b", inputs, less, shared=store.shared)
+    assert ctx.metrics["bpw_model"] <= 4.0
+    losses = [[item["candidates"] for item in document(each)["modules"].values()] for each in (first, second)]
+    assert losses[0] == losses[1]
+    with pytest.raises(TypeError):
+        run("allocate", tmp_path / "b", inputs, {**OPTIONS, "sequences": 3}, shared=store.shared)
+    monkeypatch.setattr(sensitivity.Divergences, "of", of)
+    fewer = {**CANDIDATES, "mlp": LINEAR[:2]}
+    other, _ = run("allocate", tmp_path / "b", inputs, {**OPTIONS, "candidates": fewer}, shared=store.shared)
+    assert len(document(other)["modules"]["model.layers.0.mlp.up_proj"]["candidates"]) == 2
+    assert len(list((tmp_path / "store" / "work").iterdir())) == 3
 
 
 RECIPE = """\
