@@ -7,7 +7,7 @@ import pytest
 from benchmarks.quality import table
 from benchmarks.quality.cells import LEARNING_RATES, Row
 from benchmarks.quality.plot import draw
-from benchmarks.quality.table import digits, judge, make_table, summarize
+from benchmarks.quality.table import FILES, digits, judge, make_table, summarize
 from benchmarks.quality.targets import Target
 
 OURS, OTHER, TRAINED = Row("pico", "w2", "a1q"), Row("pico", "w2", "peer:autoround"), Row("pico", "w2-200", "seq")
@@ -90,3 +90,10 @@ def test_the_plot_is_drawn_twice_and_always_the_same(tmp_path):
     before = paths[1].read_bytes()
     draw(summaries, "pico", tmp_path)
     assert before == paths[1].read_bytes() and paths[0].stat().st_size > 10_000
+
+
+def test_the_page_shows_the_targets_as_they_were_measured():
+    table = (FILES / "table.md").read_text(encoding="utf-8")
+    shown = (FILES.parents[2] / "docs" / "quality.md").read_text(encoding="utf-8")
+    lines = [line for line in table[: table.index("\n## ", 1)].splitlines() if line.startswith("|")]
+    assert len(lines) > 10 and not [line for line in lines if line not in shown.splitlines()]
