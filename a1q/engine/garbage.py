@@ -57,9 +57,7 @@ def find_garbage(store: Store, older_than: float | None = None) -> list[Garbage]
     for folder in sorted((store.root / "work").glob("*")):
         age = (now - max(path.stat().st_mtime for path in (folder, *folder.rglob("*")))) / _DAY
         if re.fullmatch("[0-9a-f]{64}", folder.name) and age > limit:
-            found.append(
-                Garbage(folder.name, folder, tree_size(folder), f"scratch, untouched for {age:.0f} days")
-            )
+            found.append(Garbage(folder.name, folder, tree_size(folder), f"scratch, untouched for {age:.0f} days"))
     return found
 
 
