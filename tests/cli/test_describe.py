@@ -27,7 +27,7 @@ def test_types_defaults_and_nested_options():
     assert "makes: model" in text
     assert "  steps: a whole number, at least 1, at most 1000000000  [200]" in text
     assert "  objective: a mapping  (required)" in text
-    assert "  lr.weights: a number, more than 0, at most 10  [0.02]" in text
+    assert "  lr.weights: a number, more than 0, at most 10  [0.03]" in text
     assert "  keep: one of best, last" in text
 
 

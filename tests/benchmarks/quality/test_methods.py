@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -32,6 +33,10 @@ def teacher(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def home(tmp_path, monkeypatch):
     monkeypatch.setenv("A1Q_HOME", str(tmp_path / "home"))  # no fit of a run before
+    for name in ("a1q", "a1q-budget"):  # fewer steps, for time
+        found = CONFIGURATIONS[name]
+        short = replace(found, reconstruct=replace(found.reconstruct, steps=20))
+        monkeypatch.setitem(CONFIGURATIONS, name, short)
 
 
 def job(teacher, scratch, setting, lr=None):
