@@ -113,11 +113,21 @@ def run_row(row: Row, seeds: Sequence[int], chosen: Choice) -> list[str]:
 
 
 def run_cell(cell: Cell) -> bool:
-    """Run one cell in a process of its own and say how it went."""
+    """Run one cell in a process of its own and say how it went; where another run is at it, wait for that one's."""
+    from a1q.engine.files import home
+    from a1q.engine.locks import wait_lock
+
+    def tell(pid: str) -> None:
+        print(f"{cell.name}: process {pid} is at it", flush=True)
+
     asked = [cell.teacher, cell.setting, cell.method, str(cell.seed), *([] if cell.lr is None else [str(cell.lr)])]
-    if not run_process(cell.name, ["benchmarks.quality.measure", *asked]):
-        return False
-    result = read_result(cell)
+    # rows whose rate is chosen in one place all want the cells of that grid
+    with wait_lock(home() / "quality" / "locks" / cell.name, True, lambda: 0, tell):
+        if read_result(cell) is not None:
+            return True
+        if not run_process(cell.name, ["benchmarks.quality.measure", *asked]):
+            return False
+        result = read_result(cell)
     if result is None:
         print(f"{cell.name}: its key is another now: something that it hangs on changed meanwhile", flush=True)
         return False

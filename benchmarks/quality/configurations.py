@@ -75,9 +75,7 @@ CONFIGURATIONS: dict[str, Configuration] = {
     ),
     "a1q-scales": Configuration(RANK_1, train={"scales": 1.0, "lut": 1.0}, reconstruct=RECONSTRUCT),
     "a1q-fit": Configuration(RANK_1),
-    "a1q-published": Configuration(
-        {bits: _ranks(3, 2, 1, fit="absmax_svd") for bits in (2, 3, 4)}, train={"scales": 1.0}, calibrate=False
-    ),
+    "a1q-published": Configuration({bits: _ranks(3, 2, 1, fit="absmax_svd") for bits in (2, 3, 4)}, calibrate=False),
     "a1q-lut": Configuration({bits: {"*": {"scheme": "lut"}} for bits in (2, 3, 4)}, calibrate=False),
     "rtn": Configuration(
         {

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 from benchmarks.quality import __main__ as command
@@ -13,6 +16,7 @@ BEST = LEARNING_RATES[1]
 @pytest.fixture
 def ran(tmp_path, monkeypatch):
     """Processes that write a result at once; the names of those that ran."""
+    monkeypatch.setenv("A1Q_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(cells, "FOLDER", tmp_path / "cells")
     for name in ("_teacher_digest", "_token_digest"):
         monkeypatch.setattr(cells, name, str)
@@ -36,6 +40,20 @@ def test_the_grid_runs_first_and_the_best_rate_gets_all_seeds(ran):
     assert command.run_row(Row("pico", "w2-200", "seq"), (0, 1, 2), command.Choice(None)) == []
     assert ran[:3] == [f"pico.w2-200.seq.lr{lr:.0e}.seed0" for lr in LEARNING_RATES]
     assert ran[3:] == [f"pico.w2-200.seq.lr{BEST:.0e}.seed{seed}" for seed in (1, 2)]
+
+
+def test_rows_with_one_grid_run_its_cells_once_side_by_side(ran, monkeypatch):
+    quick = command.run_process
+
+    def slow(name, module):
+        time.sleep(0.05)
+        return quick(name, module)
+
+    monkeypatch.setattr(command, "run_process", slow)
+    rows = [Row("pico", "w2-200", "a1q"), Row("pico", "w2a4-200", "a1q")]
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(lambda row: command.run_row(row, (0,), command.Choice(None)), rows)) == [[], []]
+    assert len(set(ran)) == len(ran) == len(LEARNING_RATES) + 1
 
 
 def test_what_is_there_is_not_run_again(ran):
