@@ -312,13 +312,16 @@ def _meta(
 
 
 def _head_step(view: Any) -> int:
-    """Rows of the head that share one table of several."""
+    """Rows of the head that stay together: those of one table among several, or of one vector."""
     from a1q.quant.build import make_scheme
 
     head = view.modules.get("model.embed_tokens" if view.tied else "lm_head")
     if head is None or head.scheme is None:
         return 1
-    tables = make_scheme(head.scheme).part_shapes(head.shape, snapped=True).get("lut", ())
+    scheme = make_scheme(head.scheme)
+    if scheme.vector > 1:
+        return scheme.vector
+    tables = scheme.part_shapes(head.shape, snapped=True).get("lut", ())
     return int(head.shape[0] // tables[0]) if len(tables) == 2 and tables[0] > 1 else 1
 
 

@@ -238,7 +238,7 @@ def collect_weights(functions: Iterable[Function]) -> list[Weight]:
                 if constant.offset is None and kind not in ("indices", "tables", "scales"):
                     continue
                 key = _label(operation, parameter) if constant.offset is None else constant.offset
-                elements = _stored_elements(operation, constant, kind)
+                elements = _stored_elements(operation, constant, kind, consumers)
                 found.setdefault(key, Weight(operation.name, kind, constant.offset, constant.tensor.bytes, elements))
     return list(found.values())
 
@@ -287,10 +287,15 @@ def _kind(
     return "scales" if readers and all(reader.type == "mul" for reader, _ in readers) else "dense"
 
 
-def _stored_elements(operation: Operation, constant: Constant, kind: str) -> int:
-    """Weights that a constant stands for: packed indices of older packages are bytes of several."""
-    if kind == "indices" and operation.type.startswith("constexpr_"):
-        return next(iter(operation.outputs.values())).elements
+def _stored_elements(
+    operation: Operation, constant: Constant, kind: str, consumers: Mapping[str, list[tuple[Operation, str]]]
+) -> int:
+    """Weights that a constant stands for: an index may mean a vector, and a byte of older packages several indices."""
+    if kind == "indices":
+        readers = [operation, *(reader for reader, _ in consumers.get(operation.name, []))]
+        for reader in readers:
+            if reader.type.startswith("constexpr_"):
+                return next(iter(reader.outputs.values())).elements
     return constant.tensor.elements
 
 

@@ -110,8 +110,10 @@ def _palettized(palette: Palette, name: str) -> Any:
     from coremltools.converters.mil import Builder as mb
 
     indices = constant(f"{name}_indices", palette.indices[:, :, None, None].view(_unsigned(palette.bits)))
-    lut = constant(f"{name}_lut", palette.lut[:, None, None, None, :, None])
-    return mb.constexpr_lut_to_dense(indices=indices, lut=lut, name=f"{name}_weight")
+    entries = palette.lut.reshape(*palette.lut.shape[:2], palette.vector)
+    lut = constant(f"{name}_lut", entries[:, None, None, None])
+    axis = {"vector_axis": 0} if palette.vector > 1 else {}
+    return mb.constexpr_lut_to_dense(indices=indices, lut=lut, name=f"{name}_weight", **axis)
 
 
 def _blockwise(blocks: Blocks, name: str) -> Any:

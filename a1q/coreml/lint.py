@@ -255,12 +255,17 @@ def _check_weight(function: Function, operation: Operation, report: _Report) -> 
 
 
 def _check_tables(function: Function, operation: Operation, report: _Report) -> None:
-    """Tables [g1, ..., gk, 2**bits, 1] of a weight [d1, ..., dk]."""
+    """Tables [g1, ..., gk, 2**bits, d] of a weight [d1, ..., dk], d above 1 for vectors."""
     place = function.name, operation.type, operation.name
     table = _parameter(function, operation, "lut").shape
     weight = operation.outputs[operation.name].shape
     if len(table) != len(weight) + 2:
         return  # the form of iOS 16: one table
+    if table[-1] != 1:
+        along_outputs = _parameter(function, operation, "indices").shape[1:] == weight[1:]
+        several = any(groups != 1 for groups in table[:-2])
+        refused = not along_outputs or several or (table[-1] or 1) > 16 or (table[-2] or 1) * (table[-1] or 1) > 256
+        report.add("vector-table" if refused else "vectors", f"{table[-2]} of {table[-1]}", *place)
     channels = (weight[0] or 1) // (table[0] or 1)
     if table[0] != 1 and channels < _limit("small-groups"):
         report.add("small-groups", channels, *place)

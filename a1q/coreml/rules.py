@@ -18,6 +18,7 @@ FIELD = "field reports"
 _GUIDE = "https://apple.github.io/coremltools/docs-guides/source/"
 _HOLLANCE = "https://github.com/hollance/neural-engine/blob/master/docs/"
 _COREMLTOOLS = "https://github.com/apple/coremltools/"
+_VECTORS = "https://github.com/Anemll/anemll-forge/blob/main/docs/history/VECTOR_LUT_README.md"
 
 
 @dataclass(frozen=True)
@@ -156,6 +157,19 @@ RULES = {
             "tables per group of input channels: not supported on the Neural Engine",
             "warning",
             "https://huggingface.co/seba/qwen-2-coreml-ane",
+        ),
+        Rule(
+            "vector-table",
+            "table of vectors that the Neural Engine is reported to refuse: it takes at most 16 consecutive output "
+            "channels per index, one table per weight, of 256 numbers at most",
+            "warning",
+            _VECTORS,
+        ),
+        Rule(
+            "vectors",
+            "tables of vectors: measured on the Neural Engines of M5 and M6, not known of others; verify on the device",
+            "note",
+            _VECTORS,
         ),
         Rule(
             "scale-behind-table",

@@ -27,9 +27,9 @@ class Palette:
     """A weight as indices into lookup tables."""
 
     indices: Array
-    """uint8 [out, in], values below 2**bits."""
+    """uint8 [out, in], values below 2**bits; [out / d, in] where each stands for d consecutive rows."""
     lut: Array
-    """float16 [tables, 2**bits]; each table serves out / tables consecutive rows."""
+    """float16 [tables, 2**bits]; each table serves out / tables consecutive rows. Vectors: [1, 2**bits, d]."""
 
     @property
     def bits(self) -> int:
@@ -37,9 +37,38 @@ class Palette:
         return int(self.lut.shape[1]).bit_length() - 1
 
     @property
+    def vector(self) -> int:
+        """Consecutive rows (output channels) that one index stands for."""
+        return int(self.lut.shape[2]) if self.lut.ndim == 3 else 1
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[out, in] of the weight."""
+        return self.indices.shape[0] * self.vector, self.indices.shape[1]
+
+    @property
     def rows_per_table(self) -> int:
-        """Consecutive rows (output channels) that share a table."""
-        return int(self.indices.shape[0] // self.lut.shape[0])
+        """Consecutive rows that share a table."""
+        return int(self.shape[0] // self.lut.shape[0])
+
+    @property
+    def row_step(self) -> int:
+        """Rows that must stay together when the weight is cut: those of a vector, or of a table among several."""
+        return self.vector if len(self.lut) == 1 else self.rows_per_table
+
+    def rows(self, start: int, stop: int) -> Palette:
+        """Rows `start` to `stop`, both multiples of `row_step`."""
+        step = self.rows_per_table
+        lut = self.lut if len(self.lut) == 1 else self.lut[start // step : stop // step]
+        return Palette(self.indices[start // self.vector : stop // self.vector], lut)
+
+    def dequantize(self) -> Array:
+        """[out, in] float32."""
+        indices = self.indices.astype(np.int64)
+        if self.vector > 1:
+            return self.lut[0].astype(np.float32)[indices].transpose(0, 2, 1).reshape(self.shape)
+        tables = np.repeat(self.lut.astype(np.float32), self.rows_per_table, axis=0)
+        return np.take_along_axis(tables, indices, axis=1)
 
 
 @dataclass(frozen=True)
@@ -78,29 +107,25 @@ class Linear:
         """[out, in]."""
         matrix = self.dense
         if self.palette is not None:
-            matrix = self.palette.indices
-        elif self.blocks is not None:
+            return self.palette.shape
+        if self.blocks is not None:
             matrix = self.blocks.codes
         assert matrix is not None
         return matrix.shape[0], matrix.shape[1]
 
     @property
     def row_step(self) -> int:
-        """Rows that must stay together when the matrix is cut, because they share a table of several."""
-        palette = self.palette
-        return 1 if palette is None or len(palette.lut) == 1 else palette.rows_per_table
+        """Rows that must stay together when the matrix is cut."""
+        return 1 if self.palette is None else self.palette.row_step
 
     def rows(self, start: int, stop: int) -> Linear:
-        """The part that computes outputs `start` to `stop`; a table must not be cut in two."""
+        """The part that computes outputs `start` to `stop`; no table and no vector must be cut in two."""
 
         def cut(array: Array | None) -> Array | None:
             return None if array is None else array[start:stop]
 
-        palette, blocks = self.palette, self.blocks
-        if palette is not None:
-            step = palette.rows_per_table
-            lut = palette.lut if len(palette.lut) == 1 else palette.lut[start // step : stop // step]
-            palette = Palette(palette.indices[start:stop], lut)
+        palette = None if self.palette is None else self.palette.rows(start, stop)
+        blocks = self.blocks
         if blocks is not None:
             blocks = Blocks(blocks.codes[start:stop], blocks.bits, blocks.scale[start:stop], blocks.zero[start:stop])
         adapter = None if self.adapter is None else (self.adapter[0], self.adapter[1][start:stop])
@@ -115,8 +140,7 @@ class Linear:
         if self.palette is None:
             assert self.dense is not None
             return self.dense.astype(np.float32)
-        tables = np.repeat(self.palette.lut.astype(np.float32), self.palette.rows_per_table, axis=0)
-        weight = np.take_along_axis(tables, self.palette.indices.astype(np.int64), axis=1)
+        weight = self.palette.dequantize()
         if self.a is None:
             return weight
         a = self.a.astype(np.float32)
@@ -128,7 +152,7 @@ class Linear:
         out, columns = self.shape
         bits = 0 if self.dense is None else 16 * out * columns
         if self.palette is not None:
-            bits += self.palette.bits * out * columns + 16 * self.palette.lut.size
+            bits += self.palette.bits * self.palette.indices.size + 16 * self.palette.lut.size
         if self.blocks is not None:
             bits += self.blocks.bits * (out * columns + self.blocks.zero.size) + 16 * self.blocks.scale.size
         vectors = (self.a, self.b, self.bias, *(self.adapter or ()))

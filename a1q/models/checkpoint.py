@@ -133,7 +133,7 @@ def _quantized_tensors(name: str, module: Any) -> dict[str, Tensor]:
 
     stored = dict(module.parts())
     for part in module.scheme.integers:
-        stored[part] = pack(stored[part].cpu(), module.spec["bits"])
+        stored[part] = pack(stored[part].cpu(), module.scheme.index_bits)
     optional = {"latent": module.latent, "lora_A": module.lora_A, "lora_B": module.lora_B}
     stored.update({part: tensor for part, tensor in optional.items() if tensor is not None})
     return {f"{name}.{part}": tensor.detach().cpu().contiguous() for part, tensor in stored.items()}
@@ -245,9 +245,10 @@ def _read_quantized(
     if state not in (QUANTIZED, SNAPPED):
         raise StageError(f"{folder}: {name} has the unknown state {state!r}")
     scheme = make_scheme(spec)
-    wanted: dict[str, tuple[int, ...]] = {"indices": shape, **scheme.part_shapes(shape, snapped=state == SNAPPED)}
+    indices = shape[0] // scheme.vector, shape[1]
+    wanted: dict[str, tuple[int, ...]] = {"indices": indices, **scheme.part_shapes(shape, snapped=state == SNAPPED)}
     packed = {part: wanted[part] for part in scheme.integers}
-    wanted |= {part: (packed_size(math.prod(size), spec["bits"]),) for part, size in packed.items()}
+    wanted |= {part: (packed_size(math.prod(size), scheme.index_bits),) for part, size in packed.items()}
     adapter = fact["adapter"]
     if adapter is not None:
         wanted["lora_A"], wanted["lora_B"] = (adapter["rank"], shape[1]), (shape[0], adapter["rank"])
@@ -262,7 +263,7 @@ def _read_quantized(
         tensors[part] = tensor
     for part, size in packed.items():
         try:
-            tensors[part] = unpack(tensors[part], spec["bits"], size)
+            tensors[part] = unpack(tensors[part], scheme.index_bits, size)
         except ValueError as error:
             raise StageError(f"{folder}: {name}.{part}: {error}") from None
     latent = tensors.pop("latent", None)

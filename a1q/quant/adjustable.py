@@ -11,6 +11,7 @@ from a1q.quant.feedback import TableGrid, UniformGrid
 from a1q.quant.gram_least_squares import solve_columns, solve_rows, solve_scales, solve_tables
 from a1q.quant.grid import ascending, lookup
 from a1q.quant.uniform import level_values
+from a1q.quant.vectors import VectorGrid
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,29 @@ class LowRankState:
         entries = lookup(self.lut[None], codes)
         self.a = solve_rows(weight, entries, h, self.a, self.b)
         self.b = solve_columns(weight, entries, h, self.a, self.b, rows)
-        if self.learn_lut:
-            codes, lut = ascending(codes, solve_tables(weight, codes, self.a @ self.b, h, self.lut[None], rows))
-            self.lut = lut[0]
+        if not self.learn_lut:
+            return codes
+        return self._named(codes, solve_tables(weight, codes, self.a @ self.b, h, self.lut[None], rows))
+
+    def _named(self, codes: Tensor, lut: Tensor) -> Tensor:
+        """Take a new table [1, L], in ascending order; codes renamed with it."""
+        codes, lut = ascending(codes, lut)
+        self.lut = lut[0]
+        return codes
+
+
+@dataclass
+class VectorState(LowRankState):
+    """The same of vectors along rows: `lut` holds them one after the other, and codes are places in it."""
+
+    size: int
+    """d, numbers in a vector."""
+
+    def grid(self) -> VectorGrid:  # type: ignore[override]
+        return VectorGrid(self.lut.reshape(-1, self.size), self.a @ self.b)
+
+    def _named(self, codes: Tensor, lut: Tensor) -> Tensor:
+        self.lut = lut[0]
         return codes
 
 

@@ -61,11 +61,11 @@ def disk_bytes(view: ModelView) -> int:
         spec = module.scheme or {}
         scheme = make_scheme(spec)
         dense -= rows * columns
-        total += packed_size(rows * columns, spec["bits"])
+        total += packed_size(rows // scheme.vector * columns, scheme.index_bits)
         for part, shape in scheme.part_shapes(module.shape, snapped=module.state == SNAPPED).items():
             size = math.prod(shape)
             if part in scheme.integers:
-                total += packed_size(size, spec["bits"])
+                total += packed_size(size, scheme.index_bits)
             else:
                 total += (2 if module.state == SNAPPED else 4) * size
         total += 4 * rows * columns * module.latent

@@ -15,7 +15,7 @@ def complete(mapping: Mapping[str, Any]) -> dict[str, Any]:
     """`mapping` with the schema's defaults for what it leaves out; `scheme` comes first.
 
     Raises:
-        StageError: if no scheme has that name, or options are unknown or missing.
+        StageError: if no scheme has that name, options are unknown or missing, or a value is none of those listed.
     """
     registry = active_registry()
     name = str(mapping.get("scheme"))
@@ -30,6 +30,10 @@ def complete(mapping: Mapping[str, Any]) -> dict[str, Any]:
     for problem, names in (("unknown", set(filled) - known), ("missing", known - set(filled))):
         if names:
             raise StageError(f"scheme {name!r}: {problem} option {', '.join(sorted(names))}")
+    for key, value in filled.items():
+        known_values = properties.get(key, {}).get("enum")
+        if known_values is not None and value not in known_values:
+            raise StageError(f"scheme {name!r}: `{key}: {value}` is none of {', '.join(map(str, known_values))}")
     return filled
 
 

@@ -87,12 +87,22 @@ class QuantEmbedding(QuantModule, nn.Embedding):  # type: ignore[override]
 
     def _rows(self, ids: Tensor) -> Tensor:
         """Ŵ[ids] [n, hidden] fp32, differentiable as `weight` is."""
-        stored = self.scheme.select_rows(self._stored(), ids)
+        size = self.scheme.vector
+        if size == 1:
+            return self._some(ids)
+        # rows that share indices come together, and those that were not asked for go
+        vectors, places = (ids // size).unique(return_inverse=True)
+        rows = (vectors[:, None] * size + torch.arange(size, device=ids.device)).reshape(-1)
+        return self._some(rows).index_select(0, places * size + ids % size)
+
+    def _some(self, rows: Tensor) -> Tensor:
+        """Ŵ[rows], whole vectors of them."""
+        stored = self.scheme.select_rows(self._stored(), rows)
         if stored is None:
-            return self.weight.index_select(0, ids)
+            return self.weight.index_select(0, rows)
         if self.state == SNAPPED:
             return self.scheme.dequantize(stored)
-        latent = None if self.latent is None else self.latent.index_select(0, ids)
+        latent = None if self.latent is None else self.latent.index_select(0, rows)
         return self.scheme.weight(stored, latent, self.straight_through_fp16)
 
     def _padding_place(self, ids: Tensor) -> int | None:

@@ -25,7 +25,7 @@ class QuantModule(nn.Module):
     """A module whose weight Ŵ [out, in] a scheme says; an embedding's is [vocabulary, hidden].
 
     Parts of the scheme are parameters of this module under their own names (fp32; fp16 and frozen once snapped), but
-    for `indices`, a uint8 buffer [out, in]. While `latent` [out, in] is there, it decides the indices: every forward
+    for `indices`, a uint8 buffer. While `latent` [out, in] is there, it decides the indices: every forward
     pass, `parts()` and `snap()` derive them anew. `weight` reads the quantized weight; a write to its data is lost.
     """
 
@@ -107,7 +107,7 @@ class QuantModule(nn.Module):
     @property
     def shape(self) -> tuple[int, int]:
         """(out, in)"""
-        return self.indices.shape[0], self.indices.shape[1]
+        return self.indices.shape[0] * self.scheme.vector, self.indices.shape[1]
 
     @property
     def weight(self) -> Tensor:

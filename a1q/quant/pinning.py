@@ -33,7 +33,8 @@ def pinned(rules: Mapping[str, Rule], names: Sequence[str], taken: Iterable[str]
     used, groups, chosen = set(taken), {}, {}
     for key in sorted(members, key=lambda item: (item[0], schemes[item]["bits"])):
         for match, count in _packed(clauses(members[key], names)):
-            name = _unused(f"{key[0][:LONGEST_NAME]}_{schemes[key]['bits']}bit", used)
+            bits = str(schemes[key]["bits"]).replace(".", "_")  # names hold no point
+            name = _unused(f"{key[0][:LONGEST_NAME]}_{bits}bit", used)
             groups[name] = {"match": match, "expect": count}
             chosen[name] = {"scheme": schemes[key]["scheme"], "bits": schemes[key]["bits"], **schemes[key]}
     return {"groups": groups, "rules": chosen}

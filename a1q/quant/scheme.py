@@ -20,9 +20,9 @@ class Palettized:
     """A snapped weight as look-up tables and scales: Ŵ = LUT[idx], or Ŵ = LUT[idx] ⊙ (A B)."""
 
     indices: Tensor
-    """uint8 [out, in]."""
+    """uint8 [out, in]; [out / d, in] where each stands for d consecutive rows."""
     lut: Tensor
-    """float16 [tables, 2**bits]; each table serves out / tables consecutive rows."""
+    """float16 [tables, 2**bits]; each table serves out / tables consecutive rows. Vectors: [1, 2**bits, d]."""
     a: Tensor | None = None
     """float16 [out, r]."""
     b: Tensor | None = None
@@ -46,7 +46,8 @@ class Blockwise:
 class Scheme(ABC):
     """A way to say a weight [out, in] with few bits.
 
-    A weight is described by *parts*: named tensors, among them `indices` (uint8 [out, in], values < 2**bits).
+    A weight is described by *parts*: named tensors, among them `indices` (uint8 [out, in], values < 2**index_bits;
+    [out / d, in] where `vector` is d).
     Everything but `indices` and other `integers` may train. torch is imported only inside methods.
     """
 
@@ -62,6 +63,16 @@ class Scheme(ABC):
 
     def __init__(self, config: Any):
         self.config = config
+
+    @property
+    def vector(self) -> int:
+        """Consecutive rows that one index stands for."""
+        return 1
+
+    @property
+    def index_bits(self) -> int:
+        """The width of stored `integers`."""
+        return int(self.config.bits * self.vector)
 
     @property
     def details(self) -> str:
@@ -110,7 +121,7 @@ class Scheme(ABC):
 
     @abstractmethod
     def assign(self, parts: Mapping[str, Tensor], weight: Tensor) -> Tensor:
-        """Indices uint8 [out, in] of the entries nearest to `weight` on the grid that `parts` span."""
+        """`indices` of the entries nearest to `weight` on the grid that `parts` span."""
 
     @abstractmethod
     def snap(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -118,6 +129,8 @@ class Scheme(ABC):
 
     def select_rows(self, parts: Mapping[str, Tensor], rows: Tensor) -> dict[str, Tensor] | None:
         """Parts of the weight that has only `rows` (int64 [n]) of this one, differentiable by `parts`.
+
+        Where `vector` is d, rows come d at a time: all those of one vector after another.
 
         `weight` and `dequantize` make of them what they make of the whole weight's rows, up to the rounding of a
         matrix product. None, the default, where a scheme can't say rows by themselves: look-ups then make the

@@ -15,6 +15,7 @@ the grid and off it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,6 +23,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from a1q.quant.grid import lookup, nearest, round_fp16, safe_scale, sums_per_entry
+
+Assign = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
+"""(weight [out, in], table [n, L], scale [out, in] or None, gain [out] or None) -> places in the table, uint8."""
 
 
 def scale_of(a: Tensor, g: Tensor | None, b: Tensor) -> Tensor:
@@ -38,6 +42,12 @@ def fold(a: Tensor, g: Tensor | None, b: Tensor) -> tuple[Tensor, Tensor]:
     return a * (root * g.sign()), root[:, None] * b
 
 
+def assign(weight: Tensor, lut: Tensor, scale: Tensor | None, gain: Tensor | None) -> Tensor:
+    """Indices uint8 [out, in] of the entries of `lut` [n, L] nearest to gain ⊙ W / S, gain [out]; S may be negative."""
+    values = weight if scale is None else weight / safe_scale(scale)
+    return nearest(values if gain is None else values * gain[:, None], lut)
+
+
 def grid_weight(
     indices: Tensor,
     latent: Tensor | None,
@@ -45,31 +55,27 @@ def grid_weight(
     factors: tuple[Tensor, Tensor, Tensor] | None,
     fp16: bool,
     gain: Tensor | None = None,
+    rule: Assign = assign,
 ) -> Tensor:
     """Ŵ [out, in]; `lut` is [n, L], `factors` is (a [out, r], g [r], b [r, in]) or None.
 
-    With `latent` [out, in] the indices are derived from it times `gain` [out] (1 where None), else `indices` stand.
-    With `fp16` the LUT and the folded factors A√g and √gB are rounded to fp16 first, with the identity as gradient.
+    With `latent` [out, in] the indices are derived from it times `gain` [out] (1 where None) by `rule`, else `indices`
+    stand. With `fp16` the LUT and the folded factors A√g and √gB are rounded to fp16 first, with the identity as
+    gradient.
     """
     a, g, b = factors if factors is not None else (None, None, None)
-    return _GridWeight.apply(indices, latent, lut, a, g, b, fp16, gain)
-
-
-def assign(weight: Tensor, lut: Tensor, scale: Tensor | None, gain: Tensor | None) -> Tensor:
-    """Indices uint8 [out, in] of the entries of `lut` [n, L] nearest to gain ⊙ W / S, gain [out]; S may be negative."""
-    values = weight if scale is None else weight / safe_scale(scale)
-    return nearest(values if gain is None else values * gain[:, None], lut)
+    return _GridWeight.apply(indices, latent, lut, a, g, b, fp16, gain, rule)
 
 
 class _GridWeight(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, indices: Tensor, latent: Any, lut: Tensor, a: Any, g: Any, b: Any, fp16: bool, gain: Any
+        ctx: Any, indices: Tensor, latent: Any, lut: Tensor, a: Any, g: Any, b: Any, fp16: bool, gain: Any, rule: Assign
     ) -> Tensor:
         with torch.autocast(lut.device.type, enabled=False):
             seen_lut, scale = _as_seen(lut, a, g, b, fp16)
             if latent is not None:
-                indices = assign(latent, seen_lut, scale, gain)
+                indices = rule(latent, seen_lut, scale, gain)
             ctx.save_for_backward(indices, lut, a, g, b)
             ctx.fp16 = fp16
             entries = lookup(seen_lut, indices)
@@ -79,7 +85,7 @@ class _GridWeight(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         indices, lut, a, g, b = ctx.saved_tensors
-        _, latent_wanted, lut_wanted, a_wanted, g_wanted, b_wanted, _, _ = ctx.needs_input_grad
+        _, latent_wanted, lut_wanted, a_wanted, g_wanted, b_wanted, *_ = ctx.needs_input_grad
         d_lut = d_a = d_g = d_b = None
         with torch.autocast(lut.device.type, enabled=False):
             # Entries and scale are formed again: cheaper than keeping 8 bytes per weight alive.
@@ -93,7 +99,7 @@ class _GridWeight(torch.autograd.Function):
                     d_a, d_g = d_ag * g, (d_ag * a).sum(0)
                 if b_wanted:
                     d_b = (a * g).T @ d_scale
-        return None, grad if latent_wanted else None, d_lut, d_a, d_g, d_b, None, None
+        return None, grad if latent_wanted else None, d_lut, d_a, d_g, d_b, None, None, None
 
 
 def _as_seen(lut: Tensor, a: Any, g: Any, b: Any, fp16: bool) -> tuple[Tensor, Tensor | None]:

@@ -56,6 +56,8 @@ RANK_1: Specs = {bits: _ranks(1, 1, 1) for bits in (2, 3, 4)}
 """2.10, 3.10 and 4.10 bits per weight on pico."""
 WIDE: Specs = {bits: _ranks(3, 2, 1) for bits in (2, 3, 4)}
 """2.245, 3.245 and 4.245: what a scale and a zero point per group of 64 cost others, or less."""
+PAIRS: Specs = {bits: {"*": {"scheme": "vector_lut"}} for bits in (2, 3)}
+"""2.104 and 3.116: 16 or 64 pairs per weight in the place of 4 or 8 numbers."""
 
 RECONSTRUCT = ReconstructConfig(200, ("weights", "scales", "lut"), ReconstructRates(0.02, 0.002, 0.002, 0.001))
 
@@ -73,6 +75,7 @@ CONFIGURATIONS: dict[str, Configuration] = {
         reconstruct=RECONSTRUCT,
         budget={2: Budget(2.25, (1, 2, 3, 4))},
     ),
+    "a1q-pairs": Configuration(PAIRS, train={"weights": 30.0, "scales": 1.0, "lut": 1.0}, reconstruct=RECONSTRUCT),
     "a1q-scales": Configuration(RANK_1, train={"scales": 1.0, "lut": 1.0}, reconstruct=RECONSTRUCT),
     "a1q-fit": Configuration(RANK_1),
     "a1q-published": Configuration({bits: _ranks(3, 2, 1, fit="absmax_svd") for bits in (2, 3, 4)}, calibrate=False),

@@ -91,6 +91,7 @@ METHODS: dict[str, Method] = {
     "a1q": _own("a1q", *UNTRAINED, "w2-200", "w2a4-200", "whole", teachers=ALL, tuned_at=OURS),
     "a1q-wide": _own("a1q-wide", "w2"),
     "a1q-budget": _own("a1q-budget", "w2", "w2-200", tuned_at=OURS),
+    "a1q-pairs": _own("a1q-pairs", "w2", "w3", "w2-200", tuned_at=OURS),
     "a1q-scales": _own("a1q-scales", "w2-200"),
     "a1q-fit": _own("a1q-fit", *UNTRAINED),
     "a1q-published": _own("a1q-published", "w2", "w4", teachers=ALL),

@@ -10,7 +10,7 @@ from benchmarks.quality.settings import SETTINGS
 from benchmarks.quality.table import FILES, known_results, summarize
 
 Summary = Mapping[str, Any]
-OURS = ("a1q", "a1q-budget", "a1q-wide", "a1q-scales")
+OURS = ("a1q", "a1q-budget", "a1q-wide", "a1q-pairs", "a1q-scales")
 
 
 def make_plot(

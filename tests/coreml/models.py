@@ -24,10 +24,12 @@ SCHEMES: dict[str, Mapping[str, Any] | None] = {
     "group-4": {"scheme": "lut", "bits": 4, "granularity": "group", "channels": 16},
     "channel-3": {"scheme": "lut", "bits": 3, "granularity": "channel"},
     "rank-1": {"scheme": "lut_lowrank", "bits": 4, "rank": 1, "fit": "absmax_svd"},
+    "pairs": {"scheme": "vector_lut", "bits": 2},
+    "fours": {"scheme": "vector_lut", "bits": 1.5, "vector": 4, "rank": 2, "fit": "kmeans"},
     "rank-3": {"scheme": "lut_lowrank", "bits": 2, "rank": 3, "fit": "absmax_svd"},
 }
 
-UNTIED = ("dense", "channel-3", "rank-1", "rank-3")
+UNTIED = ("dense", "channel-3", "rank-1", "pairs", "rank-3")
 FORMS = [(name, True) for name in SCHEMES] + [(name, False) for name in UNTIED]
 """Scheme and whether the head is tied."""
 

@@ -30,7 +30,9 @@ def projections(model):
     return config.num_hidden_layers * [*shapes, (inner, hidden), (inner, hidden), (hidden, inner)]
 
 
-@pytest.mark.parametrize(("name", "rank"), [("dense", 1), ("group-4", 1), ("rank-1", 1), ("rank-3", 3)])
+@pytest.mark.parametrize(
+    ("name", "rank"), [("dense", 1), ("group-4", 1), ("rank-1", 1), ("pairs", 1), ("fours", 2), ("rank-3", 3)]
+)
 def test_multiply_adds_show_the_price_of_ranks(form, name, rank):
     model, _, _ = form(name, True)
     part = report(form, name)
@@ -79,12 +81,15 @@ def test_every_byte_of_the_weight_file_has_a_place(form):
         assert 64 * (1 + len(constants)) <= part.overhead_bytes < 64 + 128 * len(constants)
 
 
-@pytest.mark.parametrize(("name", "bits", "rank"), [("tensor-2", 2, 0), ("tensor-6", 6, 0), ("rank-3", 2, 3)])
-def test_bits_per_weight(form, name, bits, rank):
+@pytest.mark.parametrize(
+    ("name", "bits", "numbers", "rank"),
+    [("tensor-2", 2, 4, 0), ("tensor-6", 6, 64, 0), ("rank-3", 2, 4, 3), ("pairs", 2, 32, 1), ("fours", 1.5, 256, 2)],
+)
+def test_bits_per_weight(form, name, bits, numbers, rank):
     model, _, _ = form(name, True)
     shapes = projections(model)
     weights = sum(out * inner for out, inner in shapes)
-    table = 16 * 2**bits * len(shapes)
+    table = 16 * numbers * len(shapes)
     scales = 16 * rank * sum(out + inner for out, inner in shapes)
     part = report(form, name)
     assert part.quantized_weights == weights

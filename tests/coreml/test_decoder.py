@@ -69,13 +69,20 @@ def test_a_window_that_is_off_by_one_shows(tmp_path, monkeypatch, window):
 
 @pytest.mark.parametrize("family", ["qwen3", "gemma3_text"])
 @pytest.mark.parametrize("parts", [1, 4])
-@pytest.mark.parametrize("rank", [1, 3])
-def test_embedding_and_tied_head_share_a_quantized_table(tmp_path, family, parts, rank):
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"scheme": "lut_lowrank", "bits": 4, "rank": 1, "fit": "absmax_svd"},
+        {"scheme": "lut_lowrank", "bits": 4, "rank": 3, "fit": "absmax_svd"},
+        {"scheme": "vector_lut", "bits": 3, "fit": "kmeans"},
+    ],
+    ids=["rank 1", "rank 3", "pairs"],
+)
+def test_embedding_and_tied_head_share_a_quantized_table(tmp_path, family, parts, spec):
     from a1q.quant.embedding import QuantEmbedding
     from a1q.quant.tied import swap_module
 
     model = rounded(tiny_family(family, pad_token_id=None))
-    spec = {"scheme": "lut_lowrank", "bits": 4, "rank": rank, "fit": "absmax_svd"}
     table = QuantEmbedding.quantize(model.model.embed_tokens, spec, keep_latent=False)
     table.snap()
     swap_module(model, "model.embed_tokens", table)

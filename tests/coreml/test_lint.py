@@ -52,6 +52,18 @@ def palettized(tables, entries=16, kind="uint4", shape=(32, 64, 1, 1)):
     )
 
 
+def vectors(entries=16, size=2, axis=0, tables=1, kind="uint4"):
+    """Pairs, or vectors of another size, along an axis of the weight [32, 64, 1, 1]."""
+    from coremltools.converters.mil.mil import types
+
+    bits = types.nptype_from_builtin(types.string_to_builtin(kind))
+    shape = [32, 64, 1, 1]
+    shape[axis] //= size
+    codes = rng.integers(0, entries, shape).astype(np.uint8).view(bits)
+    lut = const("lut", half(tables, 1, 1, 1, entries, size))
+    return builder().constexpr_lut_to_dense(indices=const("codes", codes), lut=lut, vector_axis=axis)
+
+
 def remember(x, cache):
     mb = builder()
     return mb.coreml_update_state(state=cache, value=mb.add(x=mb.read_state(input=cache), y=x))
@@ -126,6 +138,11 @@ CASES = {
     "not-finite": ((lambda x: conv(x, with_nan()), X, None), (lambda x: conv(x), X, None)),
     "subnormal": ((lambda x: conv(x, with_small(0.02)), X, None), (lambda x: conv(x, with_small(0.005)), X, None)),
     "state-size": ((remember, {"x": ((1, 64, 1, 30), "fp16")}, NARROW_CACHE), (remember, X, CACHE)),
+    "vectors": ((lambda x: conv_with(x, vectors()), X, None), (lambda x: conv_with(x, palettized((1, 1))), X, None)),
+    "vector-table": (
+        (lambda x: conv_with(x, vectors(axis=1)), X, None),
+        (lambda x: conv_with(x, vectors(64, 4, kind="uint6")), X, None),
+    ),
     "stateful-4-bit": (
         (lambda x, cache: conv_with(remember(x, cache), palettized((1, 1))), X, CACHE),
         (lambda x: conv_with(x, palettized((1, 1))), X, None),
@@ -289,6 +306,22 @@ def test_specification_version(edited, version, states, rule):
     assert edited(change, *arguments).keys() & {"version-low", "version-high"} == ({rule} if rule else set())
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"axis": 1},
+        {"tables": 4},
+        {"entries": 64, "size": 8, "kind": "uint6"},
+        {"entries": 4, "size": 32, "kind": "uint2"},
+    ],
+    ids=["inputs", "tables", "numbers", "size"],
+)
+def test_vectors_that_are_refused(options, tmp_path):
+    findings = found(write(tmp_path, lambda x: conv_with(x, vectors(**options))))
+    assert "vector-table" in findings
+    assert "vectors" not in findings
+
+
 def test_findings_are_aggregated_with_the_largest_as_example(tmp_path):
     mb = builder()
 
@@ -319,6 +352,7 @@ def test_own_packages_have_only_expected_findings(form):
         ("group-4", {"stateful-4-bit"}),
         ("channel-3", {"small-groups"}),
         ("rank-3", set()),
+        ("pairs", {"stateful-4-bit", "vectors"}),
     ):
         findings = lint_package(form(name, False)[1].path)
         assert {finding.rule for finding in findings} == expected | more

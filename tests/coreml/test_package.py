@@ -39,9 +39,13 @@ def test_weights_read_back_without_error(form, name, tied):
                 assert np.array_equal(stored, module.weight.detach().half().float().numpy())
                 continue
             parts = module.parts()
-            lut = parts["lut"].detach().float().reshape(-1, parts["lut"].shape[-1])
-            tables = lut.repeat_interleave(module.out_features // len(lut), 0)
-            assert np.array_equal(stored, tables.gather(1, parts["indices"].long()).numpy())
+            if module.scheme.vector > 1:
+                entries = parts["lut"].detach().float()[parts["indices"].long()].transpose(1, 2).flatten(0, 1)
+            else:
+                lut = parts["lut"].detach().float().reshape(-1, parts["lut"].shape[-1])
+                tables = lut.repeat_interleave(module.out_features // len(lut), 0)
+                entries = tables.gather(1, parts["indices"].long())
+            assert np.array_equal(stored, entries.numpy())
             if "a" in parts:
                 a, b = constants[function][f"{place}_a"], constants[function][f"{place}_b"]
                 assert np.array_equal(a[0, :, :, 0], parts["a"].detach().float().numpy())
@@ -113,11 +117,12 @@ def test_writing_leaves_nothing_behind(tmp_path, monkeypatch):
     assert list((tmp_path / "tmp").iterdir()) == []
 
 
-@pytest.mark.parametrize("tables", [1, 4])
-def test_rows_of_a_linear(tables):
+@pytest.mark.parametrize(("tables", "vector", "step"), [((1, 4), 1, 1), ((4, 4), 1, 4), ((1, 4, 2), 2, 2)])
+def test_rows_of_a_linear(tables, vector, step):
     rng = np.random.default_rng(0)
-    indices = rng.integers(0, 4, (16, 8)).astype(np.uint8)
-    palette = Palette(indices, rng.standard_normal((tables, 4)).astype(np.float16))
+    indices = rng.integers(0, 4, (16 // vector, 8)).astype(np.uint8)
+    palette = Palette(indices, rng.standard_normal(tables).astype(np.float16))
+    assert (palette.shape, palette.row_step) == ((16, 8), step)
     a, b = (rng.standard_normal(shape).astype(np.float16) for shape in ((16, 2), (2, 8)))
     linear = Linear(palette=palette, a=a, b=b)
     parts = [linear.rows(0, 8), linear.rows(8, 16)]

@@ -29,7 +29,7 @@ def quantized_model() -> Any:
     model = tiny_model()
     for name, spec, keep in (
         (Q, {"scheme": "lut_lowrank", "bits": 4, "rank": 2}, True),
-        (UP, {"scheme": "lut_lowrank", "bits": 3}, False),
+        (UP, {"scheme": "vector_lut", "bits": 1.5, "vector": 4}, False),
         (DOWN, {"scheme": "lut", "bits": 2, "granularity": "channel"}, True),
     ):
         swap_module(model, name, QuantLinear.quantize(model.get_submodule(name), spec, keep_latent=keep))
@@ -72,7 +72,7 @@ def test_what_is_saved_loads_equal(tmp_path: Path, snapped: bool) -> None:
 def test_on_disk_indices_are_packed_and_nothing_is_stored_twice(tmp_path: Path) -> None:
     save_model(quantized_model(), tmp_path)
     tensors = load_file(tmp_path / WEIGHTS)
-    assert tensors[f"{UP}.indices"].shape == (96 * 64 * 3 // 8,)
+    assert tensors[f"{UP}.indices"].shape == (96 // 4 * 64 * 6 // 8,)
     assert f"{UP}.weight" not in tensors
     assert f"{UP}.latent" not in tensors
     assert tensors[f"{Q}.latent"].dtype == torch.float32

@@ -153,4 +153,4 @@ def test_whatever_the_weight(bits, granularity, fit, rows, columns, size, zeros,
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(rows, columns, generator=generator) * size
     weight[torch.rand(rows, columns, generator=generator) < zeros] = 0
-    check_stored_form(scheme_of(bits, granularity, fit), weight, bits)
+    check_stored_form(scheme_of(bits, granularity, fit), weight)

@@ -32,6 +32,7 @@ def test_counts_by_hand() -> None:
     [
         (SPEC, {"scheme": "lut", "bits": 3, "granularity": "channel"}),
         ({"scheme": "balanced", "bits": 2}, {"scheme": "balanced", "bits": 4, "granularity": "channel"}),
+        ({"scheme": "vector_lut", "bits": 3}, {"scheme": "vector_lut", "bits": 1.5, "vector": 4, "rank": 2}),
         ({"scheme": "affine", "bits": 6}, {"scheme": "affine", "bits": 3, "symmetric": False}),
     ],
 )

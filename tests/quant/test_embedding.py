@@ -20,6 +20,7 @@ SPECS = [
     {"scheme": "lut", "bits": 3, "granularity": "channel"},
     {"scheme": "lut_lowrank", "bits": 4},
     {"scheme": "lut_lowrank", "bits": 2, "rank": 3},
+    {"scheme": "vector_lut", "bits": 3},
     {"scheme": "balanced", "bits": 4},
     {"scheme": "affine", "bits": 4, "granularity": "channel"},
     {"scheme": "affine", "bits": 4, "granularity": "group", "group_size": 8, "symmetric": False},

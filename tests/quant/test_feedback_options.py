@@ -11,11 +11,13 @@ from a1q.quant.importance import Inputs
 from a1q.quant.linear import QuantLinear
 from a1q.quant.module import naming
 
-PLAIN = {"lut_lowrank": "als", "lut": "kmeans", "balanced": "mse", "affine": "mse"}
+PLAIN = {"lut_lowrank": "als", "vector_lut": "kmeans", "lut": "kmeans", "balanced": "mse", "affine": "mse"}
 SPECS = [
     {"scheme": "lut_lowrank"},
     {"scheme": "lut_lowrank", "rank": 2},
     {"scheme": "lut_lowrank", "rank": 2, "lut": "fixed"},
+    {"scheme": "vector_lut"},
+    {"scheme": "vector_lut", "vector": 4, "rank": 2},
     {"scheme": "lut"},
     {"scheme": "lut", "granularity": "group", "channels": 4},
     {"scheme": "lut", "granularity": "channel"},
@@ -27,6 +29,13 @@ SPECS = [
     {"scheme": "affine", "symmetric": False, "granularity": "group", "group_size": 8},
 ]
 each = pytest.mark.parametrize("spec", SPECS, ids=lambda spec: "-".join(map(str, spec.values())))
+
+
+def at(spec, bits: int):
+    """The scheme with so many bits, or with the nearest number that it knows."""
+    if spec["scheme"] == "vector_lut":
+        bits = min(bits, 1.5 if spec.get("vector") == 4 else 3)
+    return {**spec, "bits": 2 if spec["scheme"] == "affine" and bits == 1 else bits}
 
 
 def problem(seed: int, tokens: int = 200, rows: int = 12, columns: int = 24) -> tuple[torch.Tensor, Inputs]:
@@ -48,7 +57,7 @@ def error_of(spec, weight: torch.Tensor, inputs: Inputs, given: Inputs | None) -
 @pytest.mark.parametrize("bits", [2, 4])
 def test_it_is_the_default_and_much_better_than_the_plain_fit(spec, bits) -> None:
     weight, inputs = problem(0)
-    spec = {**spec, "bits": bits}
+    spec = at(spec, bits)
     assert complete(spec)["fit"] == "error_feedback"
     plain = error_of({**spec, "fit": PLAIN[spec["scheme"]]}, weight, inputs, inputs)
     assert error_of(spec, weight, inputs, inputs) < 0.85 * plain
@@ -59,7 +68,7 @@ def test_without_correlations_known_it_is_the_plain_fit(spec) -> None:
     weight, inputs = problem(1)
     for known in (None, Inputs(inputs.square)):
         fed, plain = (
-            make_scheme({**spec, "bits": 2, "fit": fit}).fit(weight, known, 0)
+            make_scheme({**at(spec, 2), "fit": fit}).fit(weight, known, 0)
             for fit in ("error_feedback", PLAIN[spec["scheme"]])
         )
         assert fed.keys() == plain.keys()
@@ -75,7 +84,7 @@ def test_without_correlations_known_it_is_the_plain_fit(spec) -> None:
     odd=st.sampled_from(["", "zero weight", "zero row", "zero column", "constant", "no input", "silent", "even"]),
 )
 def test_whatever_comes_it_is_finite_and_no_worse(spec, seed, bits, tokens, odd) -> None:
-    spec = {**spec, "bits": 2 if spec["scheme"] == "affine" and bits == 1 else bits}
+    spec = at(spec, bits)
     weight, inputs = problem(seed, tokens)
     assert inputs.gram is not None
     if odd == "zero weight":
@@ -100,7 +109,7 @@ def test_whatever_comes_it_is_finite_and_no_worse(spec, seed, bits, tokens, odd)
         (12, 24)
     )
     assert parts["indices"].dtype == torch.uint8
-    assert int(parts["indices"].max()) < 2 ** spec["bits"]
+    assert int(parts["indices"].max()) < 2**scheme.index_bits
     found = scheme.dequantize(parts)
     assert bool(torch.isfinite(found).all())
     assert torch.equal(scheme.weight(parts, None, True), scheme.dequantize(scheme.snap(parts)))
@@ -134,7 +143,7 @@ def test_bad_statistics_are_told_with_the_module(spec) -> None:
     bad[2, 3] = torch.nan
     for gram in (bad, inputs.gram[:5]):
         with pytest.raises(StageError, match=r"layers\.3\.up: E\[x x\^T\] must be 24x24 finite"), naming("layers.3.up"):
-            QuantLinear.quantize(dense, {**spec, "bits": 2}, Inputs(inputs.square, gram))
+            QuantLinear.quantize(dense, at(spec, 2), Inputs(inputs.square, gram))
 
 
 def test_rows_that_count_more_are_fitted_better() -> None:

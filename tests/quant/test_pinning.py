@@ -56,6 +56,13 @@ def test_every_module_gets_its_scheme_from_one_group(chosen):
     assert yaml.safe_load(pinned_text(document, "budget")) == document
 
 
+def test_half_bits_make_names_without_a_point():
+    rules = {name: Rule("some", ({"scheme": "vector_lut", "bits": 1.5},)) for name in NAMES[:3]}
+    document = pinned(rules, NAMES, [])
+    assert set(document["groups"]) == {"some_1_5bit"}
+    assert yaml.safe_load(pinned_text(document, "budget"))["rules"]["some_1_5bit"]["bits"] == 1.5
+
+
 def test_a_deep_models_patterns_stay_within_what_a_pattern_may_be():
     leaves = [f"{part}.{leaf}_proj" for part in ("mlp", "attn") for leaf in ("a", "b", "c", "d")]
     names = [f"model.layers.{i}.{leaf}" for i in range(400) for leaf in leaves]

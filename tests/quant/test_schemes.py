@@ -14,13 +14,16 @@ from a1q.errors import StageError
 from a1q.quant.build import complete, make_scheme
 from a1q.quant.importance import Inputs
 from a1q.quant.scheme import Blockwise, Palettized
-from tests.quant.properties import said_by_hardware
+from tests.quant.properties import said_by_hardware, squares
 
 SPECS = [
     {"scheme": "lut_lowrank", "bits": 2},
     {"scheme": "lut_lowrank", "bits": 4, "rank": 3, "lut": "fixed"},
     {"scheme": "lut_lowrank", "bits": 3, "rank": 2, "fit": "absmax_svd", "group_size": 8},
     {"scheme": "lut_lowrank", "bits": 1, "rounds": 3},
+    {"scheme": "vector_lut", "bits": 2},
+    {"scheme": "vector_lut", "bits": 3, "rank": 2, "fit": "kmeans"},
+    {"scheme": "vector_lut", "bits": 1.5, "vector": 4},
     {"scheme": "lut", "bits": 2},
     {"scheme": "lut", "bits": 6, "granularity": "channel"},
     {"scheme": "lut", "bits": 3, "granularity": "group", "channels": 4},
@@ -58,7 +61,8 @@ def test_parts_indices_and_weight_agree(spec) -> None:
         (12, 24)
     )
     assert parts["indices"].dtype == torch.uint8
-    assert int(parts["indices"].max()) < 2 ** spec["bits"]
+    assert parts["indices"].shape == (12 // scheme.vector, 24)
+    assert int(parts["indices"].max()) < 2**scheme.index_bits
     exact = scheme.dequantize(parts)
     assert exact.dtype == torch.float32
     assert torch.equal(scheme.weight(parts, None, False), exact)
@@ -78,10 +82,10 @@ def test_assignment_is_the_nearest_point_of_the_grid(spec) -> None:
     assigned = scheme.dequantize({**parts, "indices": scheme.assign(parts, random_weight(1).double())})
     every = [
         scheme.dequantize({**parts, "indices": torch.full_like(parts["indices"], index)})
-        for index in range(2 ** spec["bits"])
+        for index in range(2**scheme.index_bits)
     ]
-    best = (weight - torch.stack(every)).abs().amin(0)
-    torch.testing.assert_close((weight - assigned).abs(), best, rtol=1e-9, atol=1e-12)
+    best = squares(weight - torch.stack(every), scheme.vector).amin(0)
+    torch.testing.assert_close(squares(weight - assigned, scheme.vector), best, rtol=1e-9, atol=1e-15)
 
 
 @each
@@ -93,8 +97,8 @@ def test_snapped_parts_are_what_the_bits_count(spec) -> None:
     assert shapes == scheme.part_shapes((12, 24), snapped=True)
     for name, part in snapped.items():
         assert part.dtype == (torch.uint8 if name in scheme.integers else torch.float16)
-    assert all(int(snapped[name].max()) < 2 ** spec["bits"] for name in scheme.integers)
-    widths = {name: spec["bits"] if name in scheme.integers else 16 for name in snapped}
+    assert all(int(snapped[name].max()) < 2**scheme.index_bits for name in scheme.integers)
+    widths = {name: scheme.index_bits if name in scheme.integers else 16 for name in snapped}
     assert scheme.bits((12, 24)) == sum(widths[name] * part.numel() for name, part in snapped.items())
     exact = scheme.dequantize(parts)
     largest = float(exact.abs().max())
@@ -132,14 +136,15 @@ def test_rows_by_themselves_are_those_of_the_whole_weight(spec, fp16) -> None:
     trained = [name for names in scheme.trainable.values() for name in names]
     for name in trained:
         parts[name].requires_grad_()
-    rows = torch.tensor([7, 0, 7, 11])
+    picked = torch.tensor([7, 0, 7, 11]) if scheme.vector == 1 else torch.tensor([2, 0, 2])
+    rows = (picked[:, None] * scheme.vector + torch.arange(scheme.vector)).flatten()
     selected = scheme.select_rows(parts, rows)
     assert selected is not None
     some = scheme.weight(selected, latent[rows], fp16)
     whole = scheme.weight(parts, latent, fp16)[rows]
     torch.testing.assert_close(some, whole, rtol=1e-6, atol=1e-8)
     wanted = [parts[name] for name in dict.fromkeys(trained)]
-    upstream = random_weight(2, 4)
+    upstream = random_weight(2, len(rows))
     if wanted:
         torch.testing.assert_close(
             torch.autograd.grad(some, wanted, upstream), torch.autograd.grad(whole, wanted, upstream)
@@ -180,7 +185,7 @@ def weighted(difference: torch.Tensor, statistics: torch.Tensor) -> float:
     return float((difference.square() * statistics).sum())
 
 
-@over([*SPECS[:2], SPECS[4], SPECS[6], SPECS[8]])  # a scale or a table serves several rows
+@over([*SPECS[:2], SPECS[7], SPECS[9], SPECS[11]])  # a scale or a table serves several rows, and no index does
 def test_errors_move_to_rows_that_matter_less(spec) -> None:
     scheme, weight = make_scheme(spec), random_weight(4, 64, 24)
     weight[::8] *= 0.3
@@ -221,6 +226,24 @@ def test_a_group_must_divide_the_channels() -> None:
     assert scheme.check((10, 24)) == []
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    bits=st.sampled_from([1, 1.5, 2, 3]),
+    vector=st.sampled_from([2, 4]),
+    rank=st.integers(1, 4),
+    rows=st.integers(1, 4096),
+    columns=st.integers(4, 4096),
+)
+def test_bits_of_vectors(bits, vector, rank, rows, columns) -> None:
+    scheme = make_scheme({"scheme": "vector_lut", "bits": bits, "vector": vector, "rank": rank})
+    entries = 2 ** round(bits * vector)
+    problems = " ".join(scheme.check((rows, columns)))
+    assert ("than the 256 numbers" in problems) == (entries * vector > 256)
+    assert ("no multiple of `vector" in problems) == bool(rows % vector)
+    if not rows % vector:
+        assert scheme.bits((rows, columns)) == bits * rows * columns + 16 * (entries * vector + rank * (rows + columns))
+
+
 def test_a_fixed_table_does_not_train() -> None:
     assert "lut" not in make_scheme({"scheme": "lut_lowrank", "bits": 2, "lut": "fixed"}).trainable
     assert make_scheme({"scheme": "lut_lowrank", "bits": 2}).trainable["lut"] == ("lut",)
@@ -231,6 +254,8 @@ def test_unknown_names_are_told() -> None:
         make_scheme({"scheme": "lut_lowrnk", "bits": 2})
     with pytest.raises(StageError, match="unknown option rnk"):
         make_scheme({"scheme": "lut_lowrank", "bits": 2, "rnk": 3})
+    with pytest.raises(StageError, match="`bits: 5` is none of 1, 2, 3, 4, 6, 8"):
+        make_scheme({"scheme": "lut", "bits": 5})
     with pytest.raises(StageError, match="missing option bits"):
         make_scheme({"scheme": "lut"})
 

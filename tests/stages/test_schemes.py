@@ -21,6 +21,8 @@ CHAINS = [
     ({"scheme": "affine", "bits": 8}, {"symmetric": False, "granularity": "group", "group_size": 16, "bits": 2}),
     ({"scheme": "lut_lowrank", "bits": 4}, {"scheme": "balanced", "bits": 2, "granularity": "channel"}),
     ({"scheme": "balanced", "bits": 3}, {"scheme": "affine"}),
+    ({"scheme": "lut_lowrank", "bits": 3}, {"scheme": "vector_lut", "bits": 2}),
+    ({"scheme": "vector_lut", "bits": 3}, {"bits": 1.5, "vector": 4}),
 ]
 TRAIN = {
     "objective": {"kd": "teacher"},
@@ -78,6 +80,7 @@ def test_plans_describe_schemes_and_refuse_what_does_not_fit(tmp_path: Path) -> 
             "affine 4 bit a scale and a zero point per 32 inputs, 4.62 bits per weight",
         ),
         ({"scheme": "affine", "bits": 8}, "affine 8 bit a scale per channel, 8."),
+        ({"scheme": "vector_lut", "bits": 1.5}, "vector_lut 1.5 bit vectors of 2, rank 1, 1.96 bits"),
     ):
         outcome, problems = quantize(**spec)
         assert problems == []
@@ -86,7 +89,10 @@ def test_plans_describe_schemes_and_refuse_what_does_not_fit(tmp_path: Path) -> 
     assert (path, mismatch) == ("rules.mlp", True)
     assert message == "`group_size: 48` does not divide 64 inputs; near it 32 and 64 do"
     assert "up_proj" in hint
+    _, ((path, message, _, _),) = quantize(scheme="vector_lut", bits=2, vector=4)
+    assert path == "rules.mlp"
+    assert message.startswith("256 vectors of 4 are more than the 256 numbers that a table may have on a Neural Engine")
     one = {"rules": {"mlp": {"bits": 1}}}
     single, _ = run("convert", tmp_path / "run", {"model": inputs["model"]}, one)
     _, ((_, message, _, _),) = plan("convert", {"model": view_of(single)}, {"rules": {"mlp": {"scheme": "affine"}}})
-    assert message == "affine needs at least 2 bits; `balanced` and `lut` take 1"
+    assert message == "scheme 'affine': `bits: 1` is none of 2, 3, 4, 6, 8"

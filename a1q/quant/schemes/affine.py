@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 BLOCKWISE_BITS = (4, 8)
 """The integer widths that Core ML keeps blockwise."""
-FEWEST_BITS = 2
 
 
 @dataclass(frozen=True)
@@ -69,8 +68,6 @@ class Affine(Scheme):
     def check(self, shape: Shape) -> list[str]:
         config, inputs = self.config, shape[1]
         found = []
-        if config.bits < FEWEST_BITS:
-            found.append(f"affine needs at least {FEWEST_BITS} bits; `balanced` and `lut` take 1")
         if config.granularity == "group" and inputs % config.group_size:
             divisors = [size for size in range(1, inputs + 1) if inputs % size == 0]
             below = max(size for size in divisors if size < config.group_size or size == 1)
