@@ -86,9 +86,12 @@ def measure_statistics(
         Name -> E[x²] [in], float64.
 
     Raises:
-        StageError: if an activation or a gradient is not finite, naming the module or the layer; if the model has no
-            decoder layers.
+        StageError: if a weight, an activation or a gradient is not finite, naming the module or the layer; if the model
+            has no decoder layers.
     """
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise StageError(f"{name} holds values that are not finite")
     embedding, head = _ends(model)
     stream = BlockStream(model, tokens, batch_size)
     layers, batches = stream.names, len(stream.hidden)

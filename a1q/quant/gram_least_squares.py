@@ -168,9 +168,10 @@ def _inverses(normal: Tensor) -> Tensor:
     rank = normal.shape[1]
     wide = normal.double()
     pull = 1e-6 * wide.diagonal(dim1=1, dim2=2).mean(1) + torch.finfo(torch.float32).tiny
-    return torch.linalg.inv(wide + pull[:, None, None] * torch.eye(rank, dtype=wide.dtype, device=wide.device)).to(
-        normal.dtype
-    )
+    definite = wide + pull[:, None, None] * torch.eye(rank, dtype=wide.dtype, device=wide.device)
+    # as in `a1q.quant.lowrank.solve_definite`
+    inverse = 1 / definite if rank == 1 else torch.cholesky_inverse(torch.linalg.cholesky(definite))
+    return inverse.to(normal.dtype)
 
 
 def _times(matrices: Tensor, x: Tensor) -> Tensor:

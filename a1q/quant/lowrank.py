@@ -164,10 +164,20 @@ def solve_left(weight: Tensor, entries: Tensor, importance: Tensor, a: Tensor, b
     right = ((entries * weight * importance) @ b.T).double()
     pull = PROXIMAL * normal.diagonal(dim1=1, dim2=2).mean() + torch.finfo(torch.float64).tiny
     normal = normal + pull * torch.eye(rank, dtype=normal.dtype, device=normal.device)
-    solved = torch.linalg.solve(normal, right + pull * a.double()).to(a.dtype)
+    solved = solve_definite(normal, right + pull * a.double()).to(a.dtype)
     if rank == 1:  # rows are independent, so a row that would not be positive may keep its old value
         return torch.where(solved > 0, solved, a)
     return solved
+
+
+def solve_definite(matrices: Tensor, right: Tensor) -> Tensor:
+    """x [n, r] with M x = right for positive definite M [n, r, r] and right [n, r].
+
+    By Cholesky factors: LU ones of many large matrices come out wrong of MKL's threads.
+    """
+    if matrices.shape[1] == 1:
+        return right * (1 / matrices[:, 0])
+    return torch.cholesky_solve(right[..., None], torch.linalg.cholesky(matrices))[..., 0]
 
 
 def normal_matrices(weights: Tensor, factors: Tensor) -> Tensor:

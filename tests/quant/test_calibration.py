@@ -92,11 +92,19 @@ def test_the_inputs_of_a_head_stand_under_the_weight_that_they_meet(
 def test_hooks_are_gone_also_after_a_failure_and_bad_activations_are_named(tmp_path: Path) -> None:
     model = tiny_model()
     with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.weight[0] = torch.nan
+        model.model.layers[1].mlp.up_proj.weight[0] = 3e38  # finite, and its products are not
     with pytest.raises(StageError, match=r"layers\.1\.mlp\.down_proj are not finite"):
         measure_statistics(model, TOKENS, tmp_path, batch_size=5)
     assert not any(module._forward_pre_hooks for module in model.modules())
     assert not (tmp_path / "statistics.safetensors").exists()
+
+
+def test_a_bad_weight_is_named_before_anything_runs(tmp_path: Path) -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 3] = torch.nan
+    with pytest.raises(StageError, match=r"^model\.layers\.1\.mlp\.up_proj\.weight holds values that are not finite$"):
+        measure_statistics(model, TOKENS, tmp_path, batch_size=5)
 
 
 def test_progress_counts_every_batch_of_every_layer_and_the_head(tmp_path: Path) -> None:

@@ -123,3 +123,16 @@ def test_unit_gain_restores_the_response_of_every_row() -> None:
     torch.testing.assert_close(response[rows], torch.ones(11, dtype=torch.float64))
     assert bool((gain[rows] > 1).all())
     assert bool(torch.isfinite(gain).all())
+
+
+def test_many_large_systems_at_once():
+    """What LU of MKL with two threads gets wrong."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        factors = torch.randn(300, 200, 260, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        matrices, right = factors @ factors.mT, torch.ones(300, 200, dtype=torch.float64)
+        found = lowrank.solve_definite(matrices, right)
+    finally:
+        torch.set_num_threads(threads)
+    torch.testing.assert_close((matrices @ found[..., None])[..., 0], right, rtol=0, atol=1e-9)
