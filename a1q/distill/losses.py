@@ -19,6 +19,8 @@ gradient is that of the KL to a fixed teacher.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -41,74 +43,119 @@ def tail_problem(tail: str, temperature: float, random_negatives: int, rest: int
     return ""
 
 
-def kd_loss(
-    logits: Tensor,
-    batch: TeacherBatch,
-    *,
-    temperature: float = 1.0,
-    hard_top1: float = 0.0,
-    hard_full: float = 0.0,
-    tail: str = "negatives",
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """T² KL + hard_top1 · CE(teacher's top-1) + hard_full · CE(next token), in nats per token.
+@dataclass(frozen=True)
+class Terms:
+    """What the loss is made of: T² KL + hard_top1 · CE(teacher's top-1) + hard_full · CE(next token)."""
+
+    temperature: float = 1.0
+    """T > 0, of the KL only."""
+    hard_top1: float = 0.0
+    """Weight of the cross-entropy with the teacher's most probable token."""
+    hard_full: float = 0.0
+    """Weight of the cross-entropy with the text's next token, over the positions that have one."""
+    tail: str = "negatives"
+    """What becomes of the vocabulary outside the cached top-k; see the top of this file."""
+
+    def check(self, batch: TeacherBatch, vocabulary: int) -> None:
+        """Refuse what the teacher's word can't serve.
+
+        Raises:
+            ValueError: if the vocabularies differ, `tail` is unknown, or the cache can't serve it (`tail_problem`).
+        """
+        if self.tail not in TAILS:
+            raise ValueError(f"tail is one of {', '.join(TAILS)}, not {self.tail!r}")
+        if vocabulary != batch.vocabulary:
+            raise ValueError(f"the student's vocabulary is {vocabulary}, the teacher's {batch.vocabulary}")
+        rest = batch.vocabulary - batch.ids.shape[-1]
+        problem = tail_problem(self.tail, self.temperature, batch.negatives.shape[-1], rest)
+        if problem:
+            raise ValueError(problem)
+
+    @property
+    def temperatures(self) -> tuple[float, ...]:
+        """Those whose partitions are asked for: T, then 1 where hard labels count too."""
+        return (self.temperature,) if not self.hard or self.temperature == 1.0 else (self.temperature, 1.0)
+
+    @property
+    def hard(self) -> bool:
+        """Whether hard labels count."""
+        return bool(self.hard_top1 or self.hard_full)
+
+
+def kd_loss(logits: Tensor, batch: TeacherBatch, **terms: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    """The mean of `Terms` over all positions, in nats per token.
 
     Args:
         logits: the student's, [B, L, V]; position t predicts token t + 1. Computed on in float32.
         batch: the teacher's word on the same tokens.
-        temperature: T > 0, of the KL only.
-        hard_top1: weight of the cross-entropy with the teacher's most probable token.
-        hard_full: weight of the cross-entropy with the text's next token (L - 1 positions).
-        tail: what becomes of the vocabulary outside the cached top-k; see the top of this file.
+        terms: the fields of `Terms`.
 
     Returns:
         The scalar loss and its detached terms: `kl` (with its T²), and `hard_top1` and `hard_full` (without their
         weights) where their weight isn't 0.
 
     Raises:
-        ValueError: if the vocabularies differ, `tail` is unknown, or the cache can't serve it (`tail_problem`).
+        ValueError: as `Terms.check`.
     """
     import torch
 
-    if tail not in TAILS:
-        raise ValueError(f"tail is one of {', '.join(TAILS)}, not {tail!r}")
-    if logits.shape[-1] != batch.vocabulary:
-        raise ValueError(f"the student's vocabulary is {logits.shape[-1]}, the teacher's {batch.vocabulary}")
-    rest = batch.vocabulary - batch.ids.shape[-1]
-    problem = tail_problem(tail, temperature, batch.negatives.shape[-1], rest)
-    if problem:
-        raise ValueError(problem)
+    wanted = Terms(**terms)
+    wanted.check(batch, logits.shape[-1])
     logits = logits.float() if logits.dtype != torch.float64 else logits
-    kept, sampled = batch.ids.shape[-1], batch.negatives.shape[-1]
+    partition, picked = _partition_and_picked()(logits, asked_of(batch), wanted.temperature)
+    partitions = (partition, *(torch.logsumexp(logits / t, dim=-1) for t in wanted.temperatures[1:]))
+    return loss_of(partitions, picked, batch, wanted)
+
+
+def asked_of(batch: TeacherBatch) -> Tensor:
+    """The ids [B, L, K + R + 1] whose logits the loss asks for: the top-k, the negatives, the next token.
+
+    A sequence's last position has no next token: its first stands there, and does not count.
+    """
+    import torch
+
     following = torch.cat([batch.tokens[:, 1:], batch.tokens[:, :1]], dim=1).unsqueeze(-1)
-    index = torch.cat([batch.ids, batch.negatives, following], dim=-1)
-    partition, picked = _partition_and_picked()(logits, index, temperature)
+    return torch.cat([batch.ids, batch.negatives, following], dim=-1)
+
+
+def loss_of(
+    partitions: Sequence[Tensor], picked: Tensor, batch: TeacherBatch, terms: Terms
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss and detached terms, as `kd_loss` gives them, of what it needs to know of the student.
+
+    Args:
+        partitions: logsumexp(logits / T) [B, L] for each of `terms.temperatures`.
+        picked: logits [B, L, I] at `asked_of(batch)`.
+    """
+    kept, sampled = batch.ids.shape[-1], batch.negatives.shape[-1]
+    temperature, partition = terms.temperature, partitions[0].unsqueeze(-1)
     top, negatives, target = picked.split([kept, sampled, 1], dim=-1)
+    student_top, student_negatives = top / temperature - partition, negatives / temperature - partition
+    kl = temperature**2 * _divergences(batch, terms, student_top, student_negatives).mean()
+    loss, found = kl, {"kl": kl}
+    if terms.hard_top1:
+        found["hard_top1"] = (partitions[-1] - top[..., 0]).mean()
+        loss = loss + terms.hard_top1 * found["hard_top1"]
+    if terms.hard_full:
+        found["hard_full"] = (partitions[-1] - target[..., 0])[:, :-1].mean()
+        loss = loss + terms.hard_full * found["hard_full"]
+    return loss, {name: term.detach() for name, term in found.items()}
 
-    student_top = top / temperature - partition.unsqueeze(-1)
-    student_negatives = negatives / temperature - partition.unsqueeze(-1)
-    teacher_top, teacher_negatives = _teacher_log_probs(batch, temperature, student_top, student_negatives)
-    if tail == "candidates":
-        per_position = _sum_kl(torch.log_softmax(teacher_top, dim=-1), torch.log_softmax(student_top, dim=-1))
-    elif tail == "bucket":
-        per_position = _sum_kl(teacher_top, student_top)
-        if kept < batch.vocabulary:
-            per_position = per_position + _bucket(teacher_top, student_top)
-    else:
-        per_position = _sum_divergence(teacher_top, student_top)
-        if teacher_negatives is not None:
-            per_position = per_position + batch.negative_weight * _sum_divergence(teacher_negatives, student_negatives)
-    kl = temperature**2 * per_position.mean()
 
-    loss, terms = kl, {"kl": kl.detach()}
-    if hard_top1 or hard_full:
-        plain = partition if temperature == 1.0 else torch.logsumexp(logits, dim=-1)
-        if hard_top1:
-            terms["hard_top1"] = term = (plain - top[..., 0]).mean()
-            loss = loss + hard_top1 * term
-        if hard_full:
-            terms["hard_full"] = term = (plain - target[..., 0])[:, :-1].mean()
-            loss = loss + hard_full * term
-    return loss, {name: term.detach() for name, term in terms.items()}
+def _divergences(batch: TeacherBatch, terms: Terms, student_top: Tensor, student_negatives: Tensor) -> Tensor:
+    """KL at T [B, L], without T², from the student's log-probabilities."""
+    import torch
+
+    teacher_top, teacher_negatives = _teacher_log_probs(batch, terms.temperature, student_top, student_negatives)
+    if terms.tail == "candidates":
+        return _sum_kl(torch.log_softmax(teacher_top, dim=-1), torch.log_softmax(student_top, dim=-1))
+    if terms.tail == "bucket":
+        found = _sum_kl(teacher_top, student_top)
+        return found + _bucket(teacher_top, student_top) if batch.ids.shape[-1] < batch.vocabulary else found
+    found = _sum_divergence(teacher_top, student_top)
+    if teacher_negatives is None:
+        return found
+    return found + batch.negative_weight * _sum_divergence(teacher_negatives, student_negatives)
 
 
 def _teacher_log_probs(

@@ -116,6 +116,21 @@ class QuantModule(nn.Module):
             return self.dequantize()
         return self.scheme.weight(self._stored(), self.latent, self.straight_through_fp16)
 
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Ŵ [stop - start, in] fp32, detached, as `weight` has these rows, which are whole vectors; no other is made.
+
+        (The whole weight is, where the scheme can't say rows by themselves.)
+        """
+        with torch.no_grad():
+            rows = torch.arange(start, stop, device=self.indices.device)
+            stored = self.scheme.select_rows(self._stored(), rows)
+            if stored is None:
+                return self.weight[start:stop]
+            if self.state == SNAPPED:
+                return self.scheme.dequantize(stored)
+            latent = None if self.latent is None else self.latent[start:stop]
+            return self.scheme.weight(stored, latent, self.straight_through_fp16)
+
     def parts(self) -> dict[str, Tensor]:
         """Name -> tensor, `indices` first: those of `latent` where there is one. Parameters are not copied."""
         stored = self._stored()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from a1q.distill.cache import TeacherCache
-from a1q.distill.losses import kd_loss, tail_problem
+from a1q.distill.losses import Terms, asked_of, kd_loss, loss_of, tail_problem
 from a1q.engine.stage import Runtime
 from a1q.errors import MismatchError, StageError
 from a1q.training.batches import batch_rows
@@ -15,6 +15,17 @@ from a1q.training.device import autocast
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from a1q.distill.head import Head
+
+
+WIDE = 1 << 28
+"""Bytes of a micro-batch's logits in float32 above which losses are taken tile by tile (`a1q.distill.head`)."""
+
+
+def tiled(tokens: int, vocabulary: int) -> bool:
+    """Whether so many positions' logits are too many to be held at once."""
+    return 4 * tokens * vocabulary > WIDE
 
 
 @dataclass(frozen=True)
@@ -69,6 +80,8 @@ class Distillation:
         self.runtime, self.seed = runtime, seed
         self.device = next(model.parameters()).device
         self.tune_rows = min(evaluate_sequences, cache.size("tune"))
+        self.tiled = tiled(batch.sequences * cache.seq_len, cache.vocabulary)
+        self._known: tuple[Any, Head | None] | None = None
 
     def loss_of(self, step: int, micro: int) -> tuple[Tensor, dict[str, float]]:
         """Mean loss per token of one micro-batch."""
@@ -108,7 +121,28 @@ class Distillation:
 
     def _loss(self, rows: list[int], part: str, **options: Any) -> tuple[Tensor, dict[str, float]]:
         batch = self.cache.batch(rows, part, self.device)
-        with autocast(self.runtime):
-            logits = self.model(input_ids=batch.tokens, use_cache=False).logits
-        loss, terms = kd_loss(logits, batch, **options)
+        head = self._head()
+        if head is None:
+            with autocast(self.runtime):
+                logits = self.model(input_ids=batch.tokens, use_cache=False).logits
+            loss, terms = kd_loss(logits, batch, **options)
+        else:
+            wanted = Terms(**options)
+            wanted.check(batch, head.vocabulary)
+            with autocast(self.runtime):
+                states = self.model.base_model(input_ids=batch.tokens, use_cache=False).last_hidden_state
+                answers = head.partitions_and_picked(states, asked_of(batch), wanted.temperatures)
+            loss, terms = loss_of(*answers, batch, wanted)
         return loss, {"tokens": float(batch.tokens.numel()), **{name: float(term) for name, term in terms.items()}}
+
+    def _head(self) -> Head | None:
+        """The head, where losses are taken from it tile by tile. Adapters come and go: it is looked at every time."""
+        if not self.tiled:
+            return None
+        module = self.model.get_output_embeddings()
+        key = module, getattr(module, "lora_A", None) is None
+        if self._known is None or self._known[0] != key:
+            from a1q.distill.head import head_of
+
+            self._known = key, head_of(self.model)
+        return self._known[1]

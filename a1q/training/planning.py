@@ -12,7 +12,7 @@ from a1q.engine.stage import PlanContext
 from a1q.models.view import DENSE, QUANTIZED, SNAPPED, ModelView, ModuleView
 from a1q.quant.build import make_scheme
 from a1q.training.checkpoint import KEPT
-from a1q.training.distillation import BatchConfig, Objective
+from a1q.training.distillation import BatchConfig, Objective, tiled
 
 
 def quantized_targets(ctx: PlanContext, view: ModelView, groups: Sequence[str] | None) -> dict[str, ModuleView]:
@@ -90,4 +90,7 @@ def activation_bytes(view: ModelView, batch: BatchConfig, teacher: Any) -> int:
     tokens = batch.sequences * seq_len
     per_layer = 16 * config.get("hidden_size", 0) + 6 * config.get("intermediate_size", 0)
     attention = 2 * config.get("num_attention_heads", 0) * seq_len
-    return 4 * tokens * (config.get("num_hidden_layers", 0) * (per_layer + attention) + 3 * config.get("vocab_size", 0))
+    vocabulary = config.get("vocab_size", 0)
+    # logits, their gradient and the softmax on the way; or the states' gradients where they are made tile by tile
+    head = 3 * config.get("hidden_size", 0) if tiled(tokens, vocabulary) else 3 * vocabulary
+    return 4 * tokens * (config.get("num_hidden_layers", 0) * (per_layer + attention) + head)

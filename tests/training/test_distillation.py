@@ -21,9 +21,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
 def distillation(inputs: dict[str, Artifact], **changes: Any) -> Distillation:
     objective = Objective(**{"kd": "t", "temperature": 1.0, "hard_top1": 0.0, "hard_full": 0.0, "tail": "negatives"})
     options = {"objective": objective, "batch": BatchConfig(5, 2), "evaluate_sequences": 100, **changes}
-    return Distillation(
-        load_model(inputs["model"].path), TeacherCache(inputs["teacher"].path), runtime=Runtime(), seed=3, **options
-    )
+    options = {"runtime": Runtime(), **options}
+    return Distillation(load_model(inputs["model"].path), TeacherCache(inputs["teacher"].path), seed=3, **options)
 
 
 def test_held_out_loss_is_near_the_full_kl_whatever_the_objective(inputs: dict[str, Artifact]) -> None:
@@ -34,6 +33,41 @@ def test_held_out_loss_is_near_the_full_kl_whatever_the_objective(inputs: dict[s
         teacher, student = (model(tokens).logits.double().log_softmax(-1) for model in (tiny_model(), found.model))
     exact = float((teacher.exp() * (teacher - student)).sum(-1).mean())
     assert found.evaluate() == pytest.approx(exact, rel=0.05)
+
+
+@pytest.mark.parametrize("amp", ["no", "bf16"])
+def test_tile_by_tile_it_is_the_same(inputs: dict[str, Artifact], monkeypatch: pytest.MonkeyPatch, amp: str) -> None:
+    """Loss, figures and gradients of a model whose logits are too many."""
+    objective = Objective("t", 2.0, 0.5, 0.5, "negatives")
+    runtime = Runtime(amp=amp)
+    found = {}
+    for name, wide in (("whole", 1 << 28), ("tiles", 0)):
+        monkeypatch.setattr("a1q.training.distillation.WIDE", wide)
+        subject = distillation(inputs, objective=objective, runtime=runtime)
+        assert (subject._head() is not None) == (name == "tiles")
+        loss, figures = subject.loss_of(0, 1)
+        loss.backward()
+        gradients = {name: part.grad for name, part in subject.model.named_parameters() if part.grad is not None}
+        found[name] = loss.item(), figures, subject.evaluate(), gradients
+    (loss, figures, held_out, gradients), (same, also, equal, others) = found["whole"], found["tiles"]
+    near = {"no": 1e-5, "bf16": 0.02}[amp]
+    assert (same, equal) == (pytest.approx(loss, rel=near), pytest.approx(held_out, rel=near))
+    assert also == pytest.approx(figures, rel=near)
+    assert gradients.keys() == others.keys() and len(gradients) > 20
+    for name, gradient in gradients.items():
+        assert float((others[name] - gradient).norm()) <= 10 * near * float(gradient.norm()) + 1e-7, name
+
+
+def test_a_head_that_gets_an_adapter_is_looked_at_again(
+    inputs: dict[str, Artifact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from a1q.training.adapters import attach_adapters
+
+    monkeypatch.setattr("a1q.training.distillation.WIDE", 0)
+    found = distillation(inputs)
+    assert found._head() is not None
+    attach_adapters(found.model, [name for name, _ in found.model.named_modules() if name == "lm_head"], 2, 2.0, 0.0)
+    assert found._head() is None
 
 
 def test_micro_batches_walk_on(inputs: dict[str, Artifact], monkeypatch: pytest.MonkeyPatch) -> None:
