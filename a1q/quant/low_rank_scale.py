@@ -113,6 +113,21 @@ class LowRankScale(Scheme):
         a, b = fold(parts["a"], parts.get("g"), parts["b"])
         return {"a": to_fp16(a), "b": to_fp16(b)}
 
+    def product(self, parts: Mapping[str, Tensor], x: Tensor, fp16: bool) -> Tensor | None:
+        from a1q.quant.scaled_product import scaled_product
+        from a1q.quant.straight_through import fold, rounded_through
+
+        if self.config.rank != 1 or parts["lut"].requires_grad:
+            return None
+        parts = _wide(parts)
+        a, b, table = parts["a"], parts["b"], self.table(parts["lut"])
+        if fp16:
+            a, b = (rounded_through(part) for part in fold(a, parts.get("g"), b))
+            table = rounded_through(table)
+        elif "g" in parts:
+            a = a * parts["g"]
+        return scaled_product(x, table, self.places(parts["indices"]), a[:, 0], b[0])
+
     def apply(self, parts: Mapping[str, Tensor], x: Tensor, form: str) -> Tensor:
         from torch.nn.functional import linear
 

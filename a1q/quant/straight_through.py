@@ -67,6 +67,21 @@ def grid_weight(
     return _GridWeight.apply(indices, latent, lut, a, g, b, fp16, gain, rule)
 
 
+def rounded_through(tensor: Tensor) -> Tensor:
+    """`tensor` rounded to fp16, with the identity as gradient."""
+    return _RoundThrough.apply(tensor)
+
+
+class _RoundThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return round_fp16(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
 class _GridWeight(torch.autograd.Function):
     @staticmethod
     def forward(

@@ -61,7 +61,7 @@ class LoraRecoverStage(Stage):
     `kl_refit` and `kept`: `refit`, or `before` where the recovery did no good and the model stays as it was.
     """
 
-    version = 2
+    version = 3
     Config = LoraRecoverConfig
 
     def plan(self, ctx: PlanContext) -> Outcome:

@@ -60,7 +60,7 @@ class TrainStage(Stage):
     are dropped: they would no longer agree with the trained scales. Modules that don't train keep theirs.
     """
 
-    version = 2
+    version = 3
     Config = TrainConfig
 
     def plan(self, ctx: PlanContext) -> Outcome:

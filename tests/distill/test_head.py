@@ -149,10 +149,10 @@ def test_autocast_computes_as_the_head_would(trains):
     with torch.autocast("cpu", torch.bfloat16):
         expected, found = kd_loss(dense(hidden), batch)[0], by_tiles(hidden, Head(dense), batch)[0]
     exact = kd_loss(dense(hidden), batch)[0]
-    assert abs(float(found - expected)) < 0.02 * float(exact)
+    assert abs((found - expected).item()) < 0.02 * exact.item()
     for ours, theirs in zip(*(torch.autograd.grad(loss, inputs) for loss in (found, exact)), strict=True):
         assert ours.dtype == torch.float32
-        assert float((ours - theirs).norm()) < 0.03 * float(theirs.norm())
+        assert (ours - theirs).norm().item() < 0.03 * theirs.norm().item()
 
 
 def test_which_models_have_such_a_head():
