@@ -47,9 +47,12 @@ class TrainConfig:
     clip: float | None
     weight_decay: float
     keep: str
+    ema: float | None
     evaluate_every: int
+    patience: int | None
     evaluate_sequences: int
     straight_through_fp16: bool
+    recompute: bool
 
 
 class TrainStage(Stage):
@@ -80,7 +83,8 @@ class TrainStage(Stage):
         # per trained weight: the quantized weight and its gradient; with a latent also itself, its gradient, two
         # moments and the best so far
         memory = 4 * view.parameters + count * (28 if weights else 8)
-        memory += activation_bytes(view, config.batch, ctx.views.get("teacher"))
+        memory += 4 * trained * (config.ema is not None)
+        memory += activation_bytes(view, config.batch, ctx.views.get("teacher"), config.recompute)
         view = view.replace({name: dataclasses.replace(module, latent=weights) for name, module in targets.items()})
         return Outcome(
             view=view,
@@ -89,7 +93,7 @@ class TrainStage(Stage):
             notes=(
                 f"trains {', '.join(config.trainable)} of {len(targets)} modules",
                 *listed(targets),
-                checkpoint_note(trained),
+                checkpoint_note(trained, config.ema is not None),
             ),
         )
 
@@ -104,7 +108,7 @@ class TrainStage(Stage):
         from a1q.distill.cache import TeacherCache
         from a1q.models.checkpoint import load_model, save_model
         from a1q.quant.module import quantized_modules
-        from a1q.training.device import prepare_torch
+        from a1q.training.device import prepare_torch, recompute_layers
         from a1q.training.loop import LoopSpec, run_loop
         from a1q.training.parameters import parameter_groups, select_modules, set_aside_latents
 
@@ -136,6 +140,8 @@ class TrainStage(Stage):
             config.evaluate_sequences,
         )
         model.train()
+        if config.recompute:
+            recompute_layers(model)
         result = run_loop(
             ctx,
             parameter_groups=groups,

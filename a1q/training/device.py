@@ -8,7 +8,7 @@ import platform
 import random
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from a1q.engine.stage import Runtime
 from a1q.errors import MismatchError, Problem
@@ -70,6 +70,15 @@ def grad_scaler(runtime: Runtime) -> torch.amp.GradScaler:
     import torch
 
     return torch.amp.GradScaler(runtime.device, enabled=runtime.device == "cuda" and runtime.amp == "fp16")
+
+
+def recompute_layers(model: Any) -> None:
+    """Let a Hugging Face model keep only its decoder layers' inputs, and compute them again in the backward pass."""
+    options = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):  # the name that transformers gave it in version 5
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
 
 def machine_identity(runtime: Runtime) -> dict[str, str | int]:

@@ -10,11 +10,13 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from a1q.engine.stage import StageContext
 from a1q.errors import Interrupted, StageError
+from a1q.training.average import Average
 from a1q.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from a1q.training.device import grad_scaler, machine_identity
 from a1q.training.schedule import learning_rate_factor
@@ -48,7 +50,11 @@ class LoopSpec:
     weight_decay: float = 0.0
     keep: str = "best"
     """`best`: the parameters of the lowest held-out loss, the start included; `last`: those of the last step."""
+    ema: float | None = None
+    """Decay of the moving average whose parameters are evaluated and kept; None: the parameters themselves."""
     evaluate_every: int = 50
+    patience: int | None = None
+    """Training ends early after so many evaluations in a row without a lower held-out loss; None: it never does."""
     skip_limit: int = 10
     """Steps in a row whose loss or gradient is not finite, each of them skipped, after which training fails."""
     checkpoint_seconds: float = 30.0
@@ -77,6 +83,8 @@ class Progress:
     last_tune: float | None = None
     best_tune: float | None = None
     best_step: int = 0
+    stale: int = 0
+    """Evaluations since the best."""
     scaler: dict[str, Any] = field(default_factory=dict)
 
 
@@ -180,6 +188,7 @@ class _Loop:
         self.folder = ctx.scratch / spec.name
         self.at = Progress()
         self.best: dict[str, Tensor] = {}
+        self.average = None if spec.ema is None else Average(state, spec.ema)
         self.train_seconds = self.tokens = self.save_seconds = 0.0
         self.saved_at = time.monotonic()
         self.saved_step: int | None = None
@@ -189,7 +198,7 @@ class _Loop:
         resumed = self._resume()
         if resumed is None:
             self._evaluate()
-        while self.at.step < self.spec.steps:
+        while not self._done():
             self._step()
             if self.at.step % self.spec.evaluate_every == 0 or self.at.step == self.spec.steps:
                 self._evaluate()
@@ -200,8 +209,10 @@ class _Loop:
                 if self.saved_step != self.at.step:
                     self._checkpoint()
                 raise
-        kept = self._keep()
         at = self.at
+        if at.step < self.spec.steps:
+            self.ctx.log(f"ended after step {at.step}: {at.stale} evaluations in a row without a lower held-out loss")
+        kept = self._keep()
         return LoopResult(
             steps=at.step,
             skipped=at.skipped,
@@ -246,11 +257,17 @@ class _Loop:
             if spec.clip is not None:
                 torch.nn.utils.clip_grads_with_norm_(self.parameters, spec.clip, norm)
             self.scaler.step(self.optimizer)
+            if self.average is not None:
+                self.average.add(step - self.at.skipped)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self._count(loss_value, finite)
         self.tokens += total
         self.train_seconds += time.monotonic() - began
+
+    def _done(self) -> bool:
+        spec = self.spec
+        return self.at.step >= spec.steps or (spec.patience is not None and self.at.stale >= spec.patience)
 
     def _count(self, loss: float, finite: bool) -> None:
         at = self.at
@@ -274,16 +291,18 @@ class _Loop:
 
         if self.evaluate is None:
             return
-        with torch.no_grad():
-            loss = float(self.evaluate())
         at = self.at
+        with torch.no_grad(), nullcontext() if self.average is None else self.average.in_place():
+            loss = float(self.evaluate())
+            better = math.isfinite(loss) and (at.best_tune is None or loss < at.best_tune)
+            if better and self.spec.keep == "best":
+                self.best = {name: tensor.detach().clone() for name, tensor in self.state.items()}
         at.last_tune = loss
         if at.step == 0:
             at.start_tune = loss
-        if math.isfinite(loss) and (at.best_tune is None or loss < at.best_tune):
+        at.stale = 0 if better else at.stale + 1
+        if better:
             at.best_tune, at.best_step = loss, at.step
-            if self.spec.keep == "best":
-                self.best = {name: tensor.detach().clone() for name, tensor in self.state.items()}
 
     def _keep(self) -> int:
         """Put the parameters to keep in place, warn where training did harm, and return their step."""
@@ -296,12 +315,11 @@ class _Loop:
                 f"WARNING: training made the held-out loss worse: {at.start_tune:.5g} at the start, "
                 f"{at.last_tune:.5g} at the end; kept: {kept}"
             )
-        if not self.best:
-            return at.step
+        wanted = self.best or (self.average.tensors if self.average is not None else {})
         with torch.no_grad():
-            for name, tensor in self.state.items():
-                tensor.copy_(self.best[name])
-        return at.best_step
+            for name, tensor in wanted.items():
+                self.state[name].copy_(tensor)
+        return at.best_step if self.best else at.step
 
     def _report(self) -> None:
         at = self.at
@@ -318,7 +336,7 @@ class _Loop:
         due = (
             time.monotonic() - self.saved_at >= max(spec.checkpoint_seconds, SAVE_SHARE * self.save_seconds)
             or (spec.checkpoint_steps is not None and step % spec.checkpoint_steps == 0)
-            or (step == spec.steps and self.saved_step is not None)
+            or (self._done() and self.saved_step is not None)
         )
         if due:
             self._checkpoint()
@@ -328,6 +346,8 @@ class _Loop:
         self.at.scaler = self.scaler.state_dict()
         tensors = {f"parameter.{name}": tensor for name, tensor in self.state.items()}
         tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
+        if self.average is not None:
+            tensors |= {f"average.{name}": tensor for name, tensor in self.average.tensors.items()}
         for name, parameter in zip(self.names, self.parameters, strict=True):
             tensors |= {f"{key}.{name}": value for key, value in self.optimizer.state[parameter].items()}
         save_checkpoint(self.folder, self.at.step, tensors, vars(self.at), self.identity)
@@ -351,6 +371,8 @@ class _Loop:
         with torch.no_grad():
             for name, tensor in self.state.items():
                 tensor.copy_(found.tensors[f"parameter.{name}"])
+        if self.average is not None:
+            self.average.restore({name: found.tensors[f"average.{name}"] for name in self.state})
         self.best = {
             name: found.tensors[f"best.{name}"].to(tensor.device)
             for name, tensor in self.state.items()

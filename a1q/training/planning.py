@@ -60,10 +60,10 @@ def listed(names: Iterable[str]) -> list[str]:
     return [f"  {name}" for name in summarize(names)]
 
 
-def checkpoint_note(trained: int) -> str:
-    """How much the checkpoints of `trained` parameters take, each with two moments and its best value; a new
+def checkpoint_note(trained: int, averaged: bool = False) -> str:
+    """How much the checkpoints of `trained` parameters take, each with two moments, its best and average value; a new
     one is written beside the `KEPT` before."""
-    return f"checkpoints take up to {(KEPT + 1) * 16 * trained / 1e6:,.1f} MB while it trains"
+    return f"checkpoints take up to {(KEPT + 1) * (20 if averaged else 16) * trained / 1e6:,.1f} MB while it trains"
 
 
 def weight_count(modules: Iterable[ModuleView]) -> int:
@@ -84,13 +84,16 @@ def trained_count(modules: Iterable[ModuleView], sets: Sequence[str]) -> int:
     return total
 
 
-def activation_bytes(view: ModelView, batch: BatchConfig, teacher: Any) -> int:
-    """Rough bytes that one micro-batch keeps for its backward pass, fp32."""
+def activation_bytes(view: ModelView, batch: BatchConfig, teacher: Any, recompute: bool = False) -> int:
+    """Rough bytes that one micro-batch keeps for its backward pass, fp32; with `recompute` of one layer at a time."""
     config, seq_len = view.config, (teacher or {}).get("seq_len", 0)
     tokens = batch.sequences * seq_len
-    per_layer = 16 * config.get("hidden_size", 0) + 6 * config.get("intermediate_size", 0)
-    attention = 2 * config.get("num_attention_heads", 0) * seq_len
-    vocabulary = config.get("vocab_size", 0)
+    hidden, vocabulary = config.get("hidden_size", 0), config.get("vocab_size", 0)
+    layers = config.get("num_hidden_layers", 0)
+    per_layer = (
+        16 * hidden + 6 * config.get("intermediate_size", 0) + 2 * config.get("num_attention_heads", 0) * seq_len
+    )
+    inside = layers * hidden + per_layer if recompute else layers * per_layer
     # logits, their gradient and the softmax on the way; or the states' gradients where they are made tile by tile
-    head = 3 * config.get("hidden_size", 0) if tiled(tokens, vocabulary) else 3 * vocabulary
-    return 4 * tokens * (config.get("num_hidden_layers", 0) * (per_layer + attention) + head)
+    head = 3 * hidden if tiled(tokens, vocabulary) else 3 * vocabulary
+    return 4 * tokens * (inside + head)

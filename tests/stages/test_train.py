@@ -68,6 +68,26 @@ def test_the_artifact_computes_with_the_weights_of_the_last_forward_pass(
         assert torch.equal(module.dequantize(), last[name]), name
 
 
+@pytest.mark.parametrize("trainable", [["weights", "scales", "lut"], ["scales"]])
+def test_layers_computed_again_give_the_same_bits(
+    tmp_path: Path, inputs: dict[str, Artifact], trainable: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
+
+    calls: list[bool] = []
+    forward = Qwen3MLP.forward
+    monkeypatch.setattr(Qwen3MLP, "forward", lambda self, x: calls.append(self.training) or forward(self, x))
+    found = []
+    for recompute in (False, True):
+        calls.clear()
+        ctx = train(tmp_path / str(recompute), inputs, steps=3, trainable=trainable, recompute=recompute, keep="last")
+        found.append((read_tensors(ctx.out), sum(calls)))
+    (tensors, once), (others, twice) = found
+    assert twice == 2 * once
+    assert tensors.keys() == others.keys()
+    assert all(torch.equal(tensor, others[name]) for name, tensor in tensors.items())
+
+
 def test_only_the_chosen_group_and_sets_change(tmp_path: Path, inputs: dict[str, Artifact]) -> None:
     ctx = train(tmp_path, inputs, steps=2, groups=["mlp"], trainable=["weights", "lut"], keep="last")
     before, after = read_tensors(inputs["model"].path), read_tensors(ctx.out)

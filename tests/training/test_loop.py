@@ -114,6 +114,64 @@ def test_best_is_kept_and_a_worse_end_is_said_aloud(tmp_path: Path) -> None:
     assert any("WARNING" in line and "3 at the start, 4 at the end" in line for line in ctx.meta["logs"])
 
 
+@pytest.mark.parametrize("keep", ["best", "last"])
+def test_the_moving_average_is_what_is_evaluated_and_kept(tmp_path: Path, keep: str) -> None:
+    """Against its definition over the parameters of every step, in float64."""
+    toy, seen = Toy(dropout=0.0), []
+    plain = toy.loss_of
+
+    def loss_of(step: int, micro: int) -> tuple[torch.Tensor, dict[str, float]]:
+        seen.append({name: tensor.double() for name, tensor in weights(toy).items()})
+        return plain(step, micro)
+
+    toy.loss_of = loss_of  # type: ignore[method-assign]
+    evaluated: list[dict[str, torch.Tensor]] = []
+    judge = toy.evaluate
+
+    def evaluate() -> float:
+        evaluated.append(weights(toy))
+        return judge()
+
+    toy.evaluate = evaluate  # type: ignore[method-assign]
+    result = toy.train(make_context(tmp_path), steps=10, ema=0.6, keep=keep, evaluate_every=5)
+    average = {name: tensor.clone() for name, tensor in seen[0].items()}
+    averages = [average]
+    for step, state in enumerate(seen[1:]):  # what a step left is what the next one saw
+        decay = min(0.6, (1 + step) / (10 + step))
+        average = {name: decay * old + (1 - decay) * state[name] for name, old in average.items()}
+        averages.append(average)
+    for at, found in zip((0, 5), evaluated, strict=False):
+        for name, tensor in found.items():
+            torch.testing.assert_close(tensor.double(), averages[at][name], rtol=1e-5, atol=1e-6)
+    assert len(evaluated) == 3 and result.kept_step == (result.best_step if keep == "best" else 10)
+    assert_same(weights(toy), evaluated[{0: 0, 5: 1, 10: 2}[result.kept_step]])
+
+
+def test_a_killed_average_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    expected = Toy()
+    expected.train(make_context(tmp_path / "whole"), ema=0.9)
+    asked = iter([0] * 7 + [signal.SIGTERM])
+    with pytest.raises(Interrupted):
+        Toy().train(make_context(tmp_path / "stopped", should_stop=lambda: next(asked)), ema=0.9)
+    resumed = Toy()
+    assert resumed.train(make_context(tmp_path / "stopped"), ema=0.9).resumed_from == 8
+    assert_same(weights(resumed), weights(expected))
+    with pytest.raises(MismatchError, match=r"ema was 0\.9 and is None"):
+        Toy().train(make_context(tmp_path / "stopped"))
+
+
+def test_patience_ends_training_early(tmp_path: Path) -> None:
+    toy, ctx = Toy(), make_context(tmp_path)
+    losses = iter([3.0, 1.0, 2.0, 0.5, 0.6, float("nan"), 9.0])
+    toy.evaluate = lambda: next(losses)  # type: ignore[method-assign]
+    result = toy.train(ctx, steps=1000, evaluate_every=5, patience=2)
+    assert (result.steps, result.best_step, result.best_tune) == (25, 15, 0.5)
+    assert any("ended after step 25: 2 evaluations in a row" in line for line in ctx.meta["logs"])
+    again = Toy()
+    again.evaluate = lambda: pytest.fail("there is nothing left to do")  # type: ignore[method-assign]
+    assert again.train(make_context(tmp_path), steps=1000, evaluate_every=5, patience=2).steps == 25
+
+
 def test_no_warning_when_training_helps(tmp_path: Path) -> None:
     toy, ctx = Toy(), make_context(tmp_path)
     result = toy.train(ctx, steps=40, warmup=0)
