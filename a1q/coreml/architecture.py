@@ -186,7 +186,7 @@ def head_parts(vocabulary: int, step: int = 1) -> int:
     """The fewest equal parts of the head that each have at most 16384 rows, a multiple of `step`; 0 if there are none.
 
     Args:
-        step: rows that must stay together, because they share a table.
+        step: rows that must stay together, because they share a table or an index.
     """
     for parts in range(-(-vocabulary // MAX_DIMENSION), MAX_PARTS + 1):
         if vocabulary % (parts * step) == 0:

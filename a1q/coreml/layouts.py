@@ -75,7 +75,7 @@ class Layout(Protocol):
         """Why this layout can't take a model of this Hugging Face config, which `architecture.problems` accepts.
 
         Args:
-            step: rows of the head that must stay together, because they share a table.
+            step: rows of the head that must stay together, because they share a table or an index.
         """
 
     def outputs(self, architecture: Architecture, weights: DecoderWeights, options: Options) -> list[str]:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 Rules = Mapping[str, Mapping[str, Any]]
 """Name -> {match, scheme, ...}."""
-ALTERNATIVES = "`lut`, `lut_lowrank` and `balanced` it can"
+ALTERNATIVES = "`lut`, `lut_lowrank`, `vector_lut` and `balanced` it can"
 
 
 @dataclass(frozen=True)

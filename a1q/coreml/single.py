@@ -60,8 +60,8 @@ def outputs(architecture: Architecture, weights: DecoderWeights, options: Option
 
 
 def head_problems(vocabulary: int, count: int, step: int) -> list[str]:
-    """Why the head can't be cut into `count` parts (0: into any number) whose tables stay whole."""
-    tables = f" of whole groups of {step} channels that share a table" if step > 1 else ""
+    """Why the head can't be cut into `count` parts (0: into any number) whose tables and vectors stay whole."""
+    tables = f" of whole groups of {step} channels that share a table or an index" if step > 1 else ""
     if not count:
         return [f"a head of {vocabulary} rows can't be cut into equal parts{tables} of at most {MAX_DIMENSION} rows"]
     if vocabulary % (count * step):

@@ -69,7 +69,7 @@ class VectorState(LowRankState):
     """d, numbers in a vector."""
 
     def grid(self) -> VectorGrid:  # type: ignore[override]
-        return VectorGrid(self.lut.reshape(-1, self.size), self.a @ self.b)
+        return VectorGrid(self.lut.reshape(-1, self.size), self.a @ self.b, self.target.rows)
 
     def _named(self, codes: Tensor, lut: Tensor) -> Tensor:
         self.lut = lut[0]

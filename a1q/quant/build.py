@@ -31,9 +31,12 @@ def complete(mapping: Mapping[str, Any]) -> dict[str, Any]:
         if names:
             raise StageError(f"scheme {name!r}: {problem} option {', '.join(sorted(names))}")
     for key, value in filled.items():
-        known_values = properties.get(key, {}).get("enum")
-        if known_values is not None and value not in known_values:
-            raise StageError(f"scheme {name!r}: `{key}: {value}` is none of {', '.join(map(str, known_values))}")
+        listed = properties.get(key, {}).get("enum")
+        if listed is None:
+            continue
+        if value not in listed or isinstance(value, bool):
+            raise StageError(f"scheme {name!r}: `{key}: {value}` is none of {', '.join(map(str, listed))}")
+        filled[key] = listed[listed.index(value)]  # 2.0 is 2, also in cache keys
     return filled
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from a1q.quant.grid import lookup, sums_per_entry
-from a1q.quant.lowrank import normal_matrices
+from a1q.quant.lowrank import cholesky_factors, normal_matrices
 
 STEPS = 3
 """Conjugate-gradient steps, at most. They start from the solution of the sweep before, so that few are enough."""
@@ -168,9 +168,7 @@ def _inverses(normal: Tensor) -> Tensor:
     rank = normal.shape[1]
     wide = normal.double()
     pull = 1e-6 * wide.diagonal(dim1=1, dim2=2).mean(1) + torch.finfo(torch.float32).tiny
-    definite = wide + pull[:, None, None] * torch.eye(rank, dtype=wide.dtype, device=wide.device)
-    # as in `a1q.quant.lowrank.solve_definite`
-    inverse = 1 / definite if rank == 1 else torch.cholesky_inverse(torch.linalg.cholesky(definite))
+    inverse = 1 / (wide + pull[:, None, None]) if rank == 1 else torch.cholesky_inverse(cholesky_factors(wide, pull)[0])
     return inverse.to(normal.dtype)
 
 

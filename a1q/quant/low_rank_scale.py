@@ -89,11 +89,15 @@ class LowRankScale(Scheme):
         return grid_weight(places, latent, table, factors, fp16, parts["gain"], self.nearest_places)
 
     def assign(self, parts: Mapping[str, Tensor], weight: Tensor) -> Tensor:
+        import torch
+
         from a1q.quant.straight_through import scale_of
 
         parts = _wide(parts)
-        scale, table = scale_of(parts["a"], parts.get("g"), parts["b"]), self.table(parts["lut"])
-        return self.indices_of(self.nearest_places(weight.to(table), table, scale, parts.get("gain")))
+        table = self.table(parts["lut"])
+        with torch.autocast(table.device.type, enabled=False):
+            scale = scale_of(parts["a"], parts.get("g"), parts["b"])
+            return self.indices_of(self.nearest_places(weight.to(table), table, scale, parts.get("gain")))
 
     def rounded(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         import torch

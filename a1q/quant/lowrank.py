@@ -163,21 +163,25 @@ def solve_left(weight: Tensor, entries: Tensor, importance: Tensor, a: Tensor, b
     normal = normal_matrices(entries.square() * importance, b).double()
     right = ((entries * weight * importance) @ b.T).double()
     pull = PROXIMAL * normal.diagonal(dim1=1, dim2=2).mean() + torch.finfo(torch.float64).tiny
-    normal = normal + pull * torch.eye(rank, dtype=normal.dtype, device=normal.device)
-    solved = solve_definite(normal, right + pull * a.double()).to(a.dtype)
     if rank == 1:  # rows are independent, so a row that would not be positive may keep its old value
+        solved = ((right + pull * a.double()) * (1 / (normal[:, 0] + pull))).to(a.dtype)
         return torch.where(solved > 0, solved, a)
-    return solved
+    factors, pulls = cholesky_factors(normal, pull.expand(len(normal)))
+    return torch.cholesky_solve((right + pulls[:, None] * a.double())[..., None], factors)[..., 0].to(a.dtype)
 
 
-def solve_definite(matrices: Tensor, right: Tensor) -> Tensor:
-    """x [n, r] with M x = right for positive definite M [n, r, r] and right [n, r].
+def cholesky_factors(matrices: Tensor, pulls: Tensor) -> tuple[Tensor, Tensor]:
+    """Lower factors [n, r, r] of M + p I for M [n, r, r] with no negative eigenvalue but by rounding, and p [n].
 
-    By Cholesky factors: LU ones of many large matrices come out wrong of MKL's threads.
+    Where `pulls` [n] > 0 are no match for the rounding they grow, a hundredfold at a time. LU would not ask for that,
+    but LU factors of many large matrices come out wrong of MKL's threads.
     """
-    if matrices.shape[1] == 1:
-        return right * (1 / matrices[:, 0])
-    return torch.cholesky_solve(right[..., None], torch.linalg.cholesky(matrices))[..., 0]
+    one = torch.eye(matrices.shape[1], dtype=matrices.dtype, device=matrices.device)
+    while True:
+        factors, failed = torch.linalg.cholesky_ex(matrices + pulls[:, None, None] * one)
+        if not bool(failed.any()):
+            return factors, pulls
+        pulls = torch.where(failed > 0, 100 * pulls, pulls)
 
 
 def normal_matrices(weights: Tensor, factors: Tensor) -> Tensor:

@@ -56,7 +56,7 @@ class Scheme(ABC):
     schema: ClassVar[Mapping[str, Any] | None] = None
     """Inline schema, for plug-ins outside this package only."""
     integers: tuple[str, ...] = ("indices",)
-    """Parts that are uint8 below 2**bits, stored packed; all others are floating point."""
+    """Parts that are uint8 below 2**index_bits, stored packed; all others are floating point."""
     trainable: Mapping[str, tuple[str, ...]]
     """Set name (`scales`, `magnitudes`, `lut`) -> the parts it trains; set by `__init__`, as it may hang on the config.
     `weights` is always the latent weight."""

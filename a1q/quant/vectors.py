@@ -68,10 +68,11 @@ def nearest_vectors(weight: Tensor, table: Tensor, scale: Tensor) -> Tensor:
 class VectorGrid:
     """The grid of `a1q.quant.feedback` whose codes are places: vectors along rows times a scale."""
 
-    def __init__(self, table: Tensor, scale: Tensor):
-        """Take vectors [L, d] and S [out, in]."""
+    def __init__(self, table: Tensor, scale: Tensor, rows: Tensor):
+        """Take vectors [L, d], S [out, in], and how much the errors of each row count, r [out]."""
         self.size = table.shape[1]
         self.scale = scale.T.contiguous()
+        self.rows = rows
         self.terms = torch.cat([table.square(), -2 * table], dim=1).T
         self.numbers = table.reshape(-1)
         self.offsets = torch.arange(self.size, device=table.device)
@@ -79,7 +80,8 @@ class VectorGrid:
     def nearest(self, values: Tensor, column: int) -> tuple[Tensor, Tensor]:
         """Places uint8 [out] and values [out] of what column `column` can hold nearest to `values` [out]."""
         scale = self.scale[column]
-        terms = torch.stack([scale.square(), scale * values]).reshape(2, -1, self.size)
+        use = self.rows * scale
+        terms = torch.stack([use * scale, use * values]).reshape(2, -1, self.size)
         chosen = (terms.transpose(0, 1).flatten(1) @ self.terms).argmin(1, keepdim=True)
         places = (chosen * self.size + self.offsets).reshape(-1)
         return places.to(torch.uint8), self.numbers.index_select(0, places) * scale

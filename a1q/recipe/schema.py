@@ -94,6 +94,9 @@ class Checker:
             return self._fill_mapping(root, schema, value, uses)
         if isinstance(value, list):
             return [self._fill(root, schema.get("items"), item, uses) for item in value]
+        listed = schema.get("enum", ())
+        if value in listed and not isinstance(value, bool):
+            return listed[listed.index(value)]  # 2.0 is 2
         return _number(schema.get("type"), value)
 
     def _fill_mapping(

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from a1q.engine.matching import resolve_rules, summarize
 from a1q.engine.stage import Outcome, PlanContext, Stage, StageContext
-from a1q.errors import StageError
 from a1q.models.view import DENSE, QUANTIZED, ModelView, ModuleView
 from a1q.quant.bits import disk_bytes
-from a1q.quant.build import complete
 from a1q.quant.planning import check_statistics, fit_memory, notes, order_memory, planned_modules
 from a1q.training.reconstruction import ReconstructConfig, check_reconstruction
 
@@ -159,11 +157,7 @@ def _planned(ctx: PlanContext, view: ModelView, owners: Mapping[str, str]) -> di
             message = f"`method: published` takes {PUBLISHED} to the same or fewer bits and the same or more ranks"
             ctx.recipe_problem(path, message, "use `method: refit`")
             continue
-        refused = _refusals([new for _, new, _ in wanted])
-        for message in refused:
-            ctx.recipe_problem(path, message, "a scheme takes what the rule leaves out from the one before it")
-        if not refused:
-            changed |= planned_modules(ctx, path, wanted)
+        changed |= planned_modules(ctx, path, wanted)
     return {name: changed[name] for name in view.modules if name in changed}
 
 
@@ -172,17 +166,6 @@ def _merged(old: Mapping[str, Any], rule: Mapping[str, Any]) -> dict[str, Any]:
     if rule.get("scheme", old["scheme"]) != old["scheme"]:
         return {"bits": old["bits"], **rule}
     return {**old, **rule}
-
-
-def _refusals(schemes: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What of the merged schemes is none: each part was checked by itself only."""
-    found: dict[str, None] = {}
-    for scheme in schemes:
-        try:
-            complete(scheme)
-        except StageError as error:
-            found[str(error)] = None
-    return list(found)
 
 
 def _publishable(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:

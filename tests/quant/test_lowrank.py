@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from a1q.quant import lowrank
+from a1q.quant.build import make_scheme
 from a1q.quant.grid import lookup
+from a1q.quant.importance import Inputs
 
 
 def random_weight(seed: int, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -131,8 +133,41 @@ def test_many_large_systems_at_once():
     torch.set_num_threads(2)
     try:
         factors = torch.randn(300, 200, 260, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-        matrices, right = factors @ factors.mT, torch.ones(300, 200, dtype=torch.float64)
-        found = lowrank.solve_definite(matrices, right)
+        matrices = factors @ factors.mT
+        lower, pulls = lowrank.cholesky_factors(matrices, torch.full((300,), 1e-12, dtype=torch.float64))
     finally:
         torch.set_num_threads(threads)
-    torch.testing.assert_close((matrices @ found[..., None])[..., 0], right, rtol=0, atol=1e-9)
+    assert bool((pulls == 1e-12).all())
+    torch.testing.assert_close(lower @ lower.mT, matrices, rtol=0, atol=1e-9)
+
+
+def test_matrices_that_rounding_made_indefinite():
+    matrices = torch.diag_embed(torch.tensor([[2.0, 1.0, 1e-9], [1.0, -3e-7, 1.0]], dtype=torch.float64))
+    lower, pulls = lowrank.cholesky_factors(matrices, torch.full((2,), 1e-8, dtype=torch.float64))
+    assert pulls.tolist() == pytest.approx([1e-8, 1e-6])
+    one = torch.eye(3, dtype=torch.float64)
+    torch.testing.assert_close(lower @ lower.mT, matrices + pulls[:, None, None] * one, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (96, 64), (48, 200), (200, 48)], ids=str)
+@pytest.mark.parametrize("odd", ["massive input", "pruned", "zero rows", "outlier columns"])
+@pytest.mark.parametrize("feedback", [False, True])
+def test_a_rank_as_large_as_odd_weights(shape, odd, feedback):
+    """Normal matrices are summed in float32, and their rounding may be larger than their least eigenvalues."""
+    random = torch.Generator().manual_seed(0)
+    weight = 0.05 * torch.randn(shape, generator=random)
+    x = torch.randn(300, shape[1], generator=random)
+    if odd == "massive input":
+        x[:, 0] *= 300
+    elif odd == "pruned":
+        weight[torch.rand(shape, generator=random) < 0.9] = 0
+    elif odd == "zero rows":
+        weight[::3] = 0
+    else:
+        weight[:, ::17] *= 40
+    gram = x.T @ x / 300
+    inputs = Inputs(gram.diagonal().clone(), gram if feedback else None)
+    scheme = make_scheme({"scheme": "lut_lowrank", "bits": 2, "rank": min(shape)})
+    found = scheme.dequantize(scheme.fit(weight, inputs, 0))
+    assert bool(torch.isfinite(found).all())
+    assert float(((weight - found) ** 2 @ inputs.square).sum()) < float((weight**2 @ inputs.square).sum())

@@ -256,6 +256,8 @@ def test_unknown_names_are_told() -> None:
         make_scheme({"scheme": "lut_lowrank", "bits": 2, "rnk": 3})
     with pytest.raises(StageError, match="`bits: 5` is none of 1, 2, 3, 4, 6, 8"):
         make_scheme({"scheme": "lut", "bits": 5})
+    with pytest.raises(StageError, match="`bits: True` is none of"):
+        make_scheme({"scheme": "lut", "bits": True})
     with pytest.raises(StageError, match="missing option bits"):
         make_scheme({"scheme": "lut"})
 
@@ -266,6 +268,11 @@ def test_defaults_come_from_the_schema() -> None:
     assert filled == {"scheme": "lut_lowrank", "bits": 2} | {
         name: rule["default"] for name, rule in properties.items() if "default" in rule
     }
+
+
+@pytest.mark.parametrize("scheme", ["lut", "vector_lut"])
+def test_two_is_two_however_it_is_written(scheme) -> None:
+    assert repr(complete({"scheme": scheme, "bits": 2.0})["bits"]) == "2"
 
 
 def test_making_schemes_and_counting_bits_imports_no_torch() -> None:

@@ -55,7 +55,7 @@ def test_of_equals_the_first_and_many_chunks_are_as_one(monkeypatch) -> None:
 def test_a_column_at_a_time_finds_what_all_at_once_do(seed, size, rank) -> None:
     scale = random(12, rank, seed=seed) @ random(rank, 7, seed=seed + 1)
     table, weight = random(16, size, seed=seed + 2), random(12, 7, seed=seed + 3)
-    grid = VectorGrid(table, scale)
+    grid = VectorGrid(table, scale, torch.full((12,), 3.0))
     together = spelled(nearest_vectors(weight, table, scale), size)
     values = table.flatten()[together.long()] * scale
     for column in range(7):
@@ -116,6 +116,46 @@ def test_pairs_lose_less_than_numbers_at_as_many_bits(bits, known) -> None:
         missed = weight - scheme.dequantize(scheme.fit(weight, inputs, 0))
         errors[name] = float(((missed @ h) * missed).sum())
     assert errors["vector_lut"] < 0.95 * errors["lut_lowrank"]
+
+
+def test_rows_that_matter_more_are_rounded_better() -> None:
+    """Of a pair, the row that counts decides; without E[x x^T] rows count alike."""
+    weight = random(64, 24)
+    x = random(200, 24, seed=1) @ random(24, 24, seed=2)
+    gram = x.T @ x / 200
+    rows = torch.ones(64)
+    rows[::8] = 1000
+    scheme = make_scheme({"scheme": "vector_lut", "bits": 2})
+    errors = []
+    for given_rows in (None, rows):
+        missed = weight - scheme.dequantize(scheme.fit(weight, Inputs(gram.diagonal(), gram, given_rows), 0))
+        errors.append(((missed @ gram) * missed).sum(1)[::8].sum().item())
+    assert errors[1] < 0.7 * errors[0]
+
+
+@pytest.mark.parametrize(
+    ("shape", "spec", "words"),
+    [
+        ((13, 24), {"bits": 2}, "13 output channels are no multiple"),
+        ((12, 24), {"bits": 2, "vector": 4}, "256 vectors of 4 are more than the 256 numbers"),
+    ],
+)
+def test_a_fit_refuses_what_a_plan_would(shape, spec, words) -> None:
+    with pytest.raises(ValueError, match=words):
+        make_scheme({"scheme": "vector_lut", **spec}).fit(random(*shape), None, 0)
+
+
+@pytest.mark.parametrize("form", ["dense", "factored", "batched"])
+def test_latents_under_autocast(form) -> None:
+    from a1q.quant.linear import QuantLinear
+
+    module = QuantLinear.quantize(torch.nn.Linear(24, 16), {"scheme": "vector_lut", "bits": 2})
+    module.form = form
+    x = random(5, 24)
+    exact = module(x).detach()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = module(x)
+    assert (y.float() - exact).norm().item() < 0.03 * exact.norm().item()
 
 
 def test_latents_train_through_the_choice_of_vectors() -> None:

@@ -40,7 +40,7 @@ def default_splits(model_type: str, vocabulary: int, step: int = 1) -> int:
     """Parts of the head: the usual number, or the next one that makes equal parts of at most 16384 rows; 0 if none.
 
     Args:
-        step: rows that must stay together, because they share a table.
+        step: rows that must stay together, because they share a table or an index.
     """
     usual = usual_splits(model_type)
     for splits in (*range(usual, MAX_PARTS + 1), *range(usual - 1, 0, -1)):
