@@ -5,14 +5,22 @@ All functions take tables `lut` [n, L] where table i serves row block i of a mat
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import Tensor
 
 FLOOR = 1e-12
 """Least |scale| in the division that assigns indices. The forward pass has no floor."""
 FP16_MAX = 65504.0
-FEW = 16
-"""Up to this many entries a comparison per midpoint is faster than a binary search."""
+FEW = 4
+"""Up to so many entries a comparison per midpoint is fastest on the CPU."""
+MOST_PAIRED = 64
+"""Up to so many entries a table of all pairs of them stays small."""
+PAIRS = {torch.float32: torch.int64, torch.float16: torch.int32, torch.bfloat16: torch.int32}
+"""Types as wide as two numbers."""
+CELLS, CROWD = 32, 4
+"""Of `_in_cells`: cells per edge, and the most edges that may share one."""
 
 
 def nearest(values: Tensor, lut: Tensor) -> Tensor:
@@ -23,17 +31,53 @@ def nearest(values: Tensor, lut: Tensor) -> Tensor:
     ascending, order = lut.sort(dim=1)
     edges = (ascending[:, 1:] + ascending[:, :-1]) / 2
     blocks = values.reshape(len(lut), -1)
-    if lut.shape[1] <= FEW:
-        position = torch.zeros(blocks.shape, dtype=torch.uint8, device=values.device)
-        for edge in edges.unbind(1):
-            position += blocks > edge[:, None]
+    if lut.shape[1] <= FEW or (values.device.type != "cpu" and lut.shape[1] <= 2 * FEW):
+        position = _larger_than(blocks, edges)
     elif len(lut) == 1:
-        position = torch.bucketize(blocks, edges[0], out_int32=True).to(torch.uint8)
+        position = _in_cells(blocks[0], edges[0])[None]
     else:
         position = torch.searchsorted(edges, blocks.contiguous(), out_int32=True).to(torch.uint8)
     if not torch.equal(ascending, lut):
         position = order.to(torch.uint8).gather(1, position.long())
     return position.reshape(values.shape)
+
+
+def _larger_than(blocks: Tensor, edges: Tensor) -> Tensor:
+    """How many of `edges` [n, L - 1] each of `blocks` [n, m] is larger than, uint8, one edge after the other."""
+    position = torch.zeros(blocks.shape, dtype=torch.uint8, device=blocks.device)
+    for edge in edges.unbind(1):
+        position += blocks > edge[:, None]
+    return position
+
+
+def _in_cells(values: Tensor, edges: Tensor) -> Tensor:
+    """How many of `edges` [E], ascending, each of `values` [m] is larger than, uint8.
+
+    The edges' range is cut into even cells; a cell knows how many edges lie before it, and which lie within. Rounding
+    keeps order, so that the cells of values are right, however coarse; comparisons decide within.
+    """
+    low, width = edges[0], edges[-1] - edges[0]
+    last = CELLS * len(edges) - 1
+    rate = last / width
+    if values.device.type != "cpu" or not torch.isfinite(rate):
+        return torch.bucketize(values, edges, out_int32=True).to(torch.uint8)
+
+    def cells(numbers: Tensor) -> Tensor:
+        # what is not a number becomes the least integer, or 0
+        return ((numbers - low) * rate).clamp_(0, last).int().clamp_min_(0)
+
+    own = cells(edges)
+    before = torch.searchsorted(own, torch.arange(last + 1, dtype=own.dtype))
+    within = int(torch.bincount(own).max())
+    if within > CROWD:
+        return torch.bucketize(values, edges, out_int32=True).to(torch.uint8)
+    place = cells(values)
+    position = before.to(torch.uint8).index_select(0, place)
+    padded = torch.cat([edges, edges.new_full((within,), torch.inf)])
+    for number in range(within):
+        # of cells that hold fewer edges the next one lies further on, and no value of theirs is larger than it
+        position += values > padded[before + number].index_select(0, place)
+    return position
 
 
 def safe_scale(scale: Tensor) -> Tensor:
@@ -43,7 +87,34 @@ def safe_scale(scale: Tensor) -> Tensor:
 
 def lookup(lut: Tensor, indices: Tensor) -> Tensor:
     """The entries [out, in] that uint8 `indices` [out, in] name."""
+    if _in_pairs(lut, indices):
+        return _looked_up_in_pairs(lut, indices)
     return lut.reshape(-1).index_select(0, _flat(lut, indices)).reshape(indices.shape)
+
+
+def _in_pairs(lut: Tensor, indices: Tensor) -> bool:
+    """Whether `_looked_up_in_pairs` can do the work, and faster."""
+    return (
+        lut.numel() <= MOST_PAIRED
+        and len(lut) == 1
+        and lut.dtype in PAIRS
+        and indices.numel() > lut.numel() ** 2 * 256
+        and indices.shape[-1] % 2 == 0
+        and indices.is_contiguous()
+        and indices.storage_offset() % 2 == 0
+        and indices.device.type == "cpu"
+        and not (lut.requires_grad and torch.is_grad_enabled())
+        and sys.byteorder == "little"
+    )
+
+
+def _looked_up_in_pairs(lut: Tensor, indices: Tensor) -> Tensor:
+    """`lookup` two neighbours at a time: their indices are one 16-bit number, their entries one element of a table."""
+    entries, last = lut.reshape(-1), lut.numel() - 1
+    numbers = torch.arange((last << 8) + last + 1)
+    pairs = torch.stack([entries[(numbers & 255).clamp_(max=last)], entries[numbers >> 8]], dim=1)
+    found = pairs.view(PAIRS[lut.dtype]).reshape(-1).index_select(0, indices.view(torch.int16).reshape(-1).int())
+    return found.view(lut.dtype).reshape(indices.shape)
 
 
 def sums_per_entry(indices: Tensor, values: Tensor, lut: Tensor) -> Tensor:

@@ -117,20 +117,21 @@ class LowRankScale(Scheme):
         a, b = fold(parts["a"], parts.get("g"), parts["b"])
         return {"a": to_fp16(a), "b": to_fp16(b)}
 
-    def product(self, parts: Mapping[str, Tensor], x: Tensor, fp16: bool) -> Tensor | None:
-        from a1q.quant.scaled_product import scaled_product
+    def product(self, parts: Mapping[str, Tensor], latent: Tensor | None, x: Tensor, fp16: bool) -> Tensor | None:
         from a1q.quant.straight_through import fold, rounded_through
+        from a1q.quant.table_product import table_product
 
-        if self.config.rank != 1 or parts["lut"].requires_grad:
+        if self.config.rank != 1:
             return None
         parts = _wide(parts)
-        a, b, table = parts["a"], parts["b"], self.table(parts["lut"])
+        a, b, table, gain = parts["a"], parts["b"], self.table(parts["lut"]), parts.get("gain")
         if fp16:
             a, b = (rounded_through(part) for part in fold(a, parts.get("g"), b))
             table = rounded_through(table)
         elif "g" in parts:
             a = a * parts["g"]
-        return scaled_product(x, table, self.places(parts["indices"]), a[:, 0], b[0])
+        places = self.places(parts["indices"]) if latent is None else parts["indices"]
+        return table_product(x, table, places, a[:, 0], b[0], latent, gain, self.nearest_places)
 
     def apply(self, parts: Mapping[str, Tensor], x: Tensor, form: str) -> Tensor:
         from torch.nn.functional import linear

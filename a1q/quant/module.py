@@ -236,8 +236,9 @@ class QuantModule(nn.Module):
     def project(self, x: Tensor) -> Tensor:
         """x Ŵᵀ [..., out] for x [..., in], in the module's form; without bias and adapter."""
         if self.form == "dense":
-            if self.latent is None and torch.is_grad_enabled():
-                y = self.scheme.product(self._stored(), x, self.straight_through_fp16 and self.state != SNAPPED)
+            if torch.is_grad_enabled():
+                fp16 = self.straight_through_fp16 and self.state != SNAPPED
+                y = self.scheme.product(self._stored(), self.latent, x, fp16)
                 if y is not None:
                     return y
             return linear(x, self.weight.to(x.dtype))

@@ -129,7 +129,9 @@ def test_quantized_heads(spec, state, tied):
     for ours, theirs in zip(
         *(torch.autograd.grad(loss, [hidden, *parts], allow_unused=True) for loss in (found, expected)), strict=True
     ):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+        # where factors are rounded, the weight's own gradients are those at the factors before
+        near = {"rtol": 2e-3, "atol": 1e-3} if state == "latent" else {"rtol": 1e-4, "atol": 1e-6}
+        torch.testing.assert_close(ours, theirs, **near)
 
 
 def test_a_quantized_head_that_stands_still_is_never_made_whole(monkeypatch):

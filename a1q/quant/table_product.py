@@ -1,0 +1,102 @@
+"""The product of a linear whose weight is a table's entries between two vectors: y = a ⊙ Q (b ⊙ x), Q = T[places].
+
+With Ŵ = Q ⊙ (a bᵀ) formed, everything wants dL/dŴ. As vectors around one product, scales want no matrix at all: for an
+upstream gradient G [positions, out] and t = (a ⊙ G) Q,
+
+    dL/da = Σ_positions G ⊙ (Q (b ⊙ x)),   dL/db = Σ_positions x ⊙ t,   dL/dx = b ⊙ t.
+
+Only a table that trains and a latent weight V do, D = Gᵀ x:
+
+    dL/dV = D (straight through the assignment),   dL/dT = Σ of D ⊙ (a bᵀ) over the places that use an entry.
+
+Q is looked up again in the backward pass: nothing of a weight's size outlives either, but for the places that a latent
+weight means, a byte each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear
+
+from a1q.quant.grid import lookup, sums_per_entry
+
+Rule = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
+"""(V [out, in], table [1, n], S [out, in], gain [out] or None) -> places uint8 [out, in]"""
+
+
+def table_product(
+    x: Tensor,
+    table: Tensor,
+    places: Tensor,
+    a: Tensor,
+    b: Tensor,
+    latent: Tensor | None = None,
+    gain: Tensor | None = None,
+    rule: Rule | None = None,
+) -> Tensor:
+    """y [..., out], differentiable by x [..., in], table [1, n], a [out], b [in] and the latent weight.
+
+    Products are made in the type that autocast says, or that of x; sums over positions in float32 or wider.
+
+    Args:
+        places: uint8 [out, in]; with a latent not looked at.
+        latent: V [out, in], which decides the places by `rule`, with `gain`.
+    """
+    device = x.device.type
+    kind = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    with torch.autocast(device, enabled=False):
+        if latent is not None:
+            assert rule is not None
+            with torch.no_grad():
+                places = rule(latent, table, a[:, None] * b, gain)
+        return _TableProduct.apply(x, table, places, a, b, latent, kind)
+
+
+class _TableProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, table: Tensor, places: Tensor, a: Tensor, b: Tensor, latent: Any, kind: torch.dtype
+    ) -> Tensor:
+        product = linear((x * b).to(kind), lookup(table.to(kind), places))
+        ctx.save_for_backward(x, product if ctx.needs_input_grad[3] else None, table, places, a, b)
+        ctx.kind = kind
+        return (product * a).to(kind)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, product, table, places, a, b = ctx.saved_tensors
+        x_wanted, table_wanted, _, a_wanted, b_wanted, latent_wanted, _ = ctx.needs_input_grad
+        d_x = d_table = d_a = d_b = d_latent = None
+        with torch.autocast(grad.device.type, enabled=False):
+            if a_wanted:
+                d_a = _sum_of_products(grad, product, a)
+            if x_wanted or b_wanted:
+                back = (grad * a).to(ctx.kind) @ lookup(table.to(ctx.kind), places)
+                if b_wanted:
+                    d_b = _sum_of_products(back, x, b)
+                if x_wanted:
+                    d_x = (back * b).to(x.dtype)
+            if latent_wanted:
+                d_latent = _over_positions(grad.to(ctx.kind), x.to(ctx.kind)).to(a.dtype)
+                if table_wanted:
+                    d_table = sums_per_entry(places, (d_latent * a[:, None]).mul_(b), table)
+            elif table_wanted:
+                scaled = _over_positions((grad * a).to(ctx.kind), (x * b).to(ctx.kind))
+                d_table = sums_per_entry(places, scaled.to(table.dtype), table)
+        return d_x, d_table, None, d_a, d_b, d_latent, None
+
+
+def _sum_of_products(left: Tensor, right: Tensor, like: Tensor) -> Tensor:
+    """Σ left ⊙ right over all but the last dimension, [n], in the type of `like`."""
+    return (left.to(like.dtype) * right).flatten(0, -2).sum(0)
+
+
+def _over_positions(left: Tensor, right: Tensor) -> Tensor:
+    """leftᵀ right [m, n] of [..., m] and [..., n]."""
+    return left.flatten(0, -2).T @ right.flatten(0, -2)
