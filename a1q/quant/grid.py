@@ -15,6 +15,8 @@ FLOOR = 1e-12
 FP16_MAX = 65504.0
 FEW = 4
 """Up to so many entries a comparison per midpoint is fastest on the CPU."""
+BLOCK = 1 << 18
+"""Elements that are worked on at a time: what is made on the way is neither fetched from memory nor asked of the system."""
 MOST_PAIRED = 64
 """Up to so many entries a table of all pairs of them stays small."""
 PAIRS = {torch.float32: torch.int64, torch.float16: torch.int32, torch.bfloat16: torch.int32}
@@ -113,13 +115,21 @@ def _looked_up_in_pairs(lut: Tensor, indices: Tensor) -> Tensor:
     entries, last = lut.reshape(-1), lut.numel() - 1
     numbers = torch.arange((last << 8) + last + 1)
     pairs = torch.stack([entries[(numbers & 255).clamp_(max=last)], entries[numbers >> 8]], dim=1)
-    found = pairs.view(PAIRS[lut.dtype]).reshape(-1).index_select(0, indices.view(torch.int16).reshape(-1).int())
+    pairs, neighbours = pairs.view(PAIRS[lut.dtype]).reshape(-1), indices.view(torch.int16).reshape(-1)
+    found = torch.empty(neighbours.shape, dtype=pairs.dtype)
+    for part, numbers in zip(found.split(BLOCK), neighbours.split(BLOCK), strict=True):
+        torch.index_select(pairs, 0, numbers.int(), out=part)
     return found.view(lut.dtype).reshape(indices.shape)
 
 
 def sums_per_entry(indices: Tensor, values: Tensor, lut: Tensor) -> Tensor:
     """Sum of `values` [out, in] over the places that use each entry: [n, L], in the type of `values`."""
-    flat, bins = _flat(lut, indices), lut.numel()
+    bins = lut.numel()
+    if values.device.type == "cpu" and len(lut) == 1:
+        parts = zip(indices.reshape(-1).split(BLOCK), values.reshape(-1).split(BLOCK), strict=True)
+        total = sum(torch.bincount(places.int(), part, bins).double() for places, part in parts)
+        return torch.as_tensor(total).to(values.dtype).reshape(lut.shape)
+    flat = _flat(lut, indices)
     if values.device.type == "cpu":
         return torch.bincount(flat, values.reshape(-1), bins).to(values.dtype).reshape(lut.shape)
     # bincount has no deterministic form on CUDA; index_add_ has one.

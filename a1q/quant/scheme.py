@@ -153,7 +153,7 @@ class Scheme(ABC):
         return {name: part if name in self.integers else round_fp16(part) for name, part in parts.items()}
 
     def product(self, parts: Mapping[str, Tensor], latent: Tensor | None, x: Tensor, fp16: bool) -> Tensor | None:
-        """x [..., in] times the transposed weight, [..., out], differentiable by x, `latent` and the `parts` that train.
+        """x [..., in] times the transposed weight, [..., out], differentiable by x, `latent` and `parts` that train.
 
         For training: without the weight as a tensor that outlives the call. None, the default, where a scheme leaves no
         such way: `weight` then makes it.

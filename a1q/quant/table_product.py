@@ -15,7 +15,7 @@ weight means, a byte each.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -23,10 +23,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
-from a1q.quant.grid import lookup, sums_per_entry
+from a1q.quant.grid import BLOCK, lookup, sums_per_entry
 
 Rule = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
 """(V [out, in], table [1, n], S [out, in], gain [out] or None) -> places uint8 [out, in]"""
+
+ROWS = 16
 
 
 def table_product(
@@ -53,8 +55,23 @@ def table_product(
         if latent is not None:
             assert rule is not None
             with torch.no_grad():
-                places = rule(latent, table, a[:, None] * b, gain)
+                places = _places(latent, table, a, b, gain, rule)
         return _TableProduct.apply(x, table, places, a, b, latent, kind)
+
+
+def _places(latent: Tensor, table: Tensor, a: Tensor, b: Tensor, gain: Tensor | None, rule: Rule) -> Tensor:
+    """Places uint8 [out, in] that a latent weight means, by blocks of rows."""
+    places = torch.empty(latent.shape, dtype=torch.uint8, device=latent.device)
+    for rows in _row_blocks(latent.shape):
+        places[rows] = rule(latent[rows], table, a[rows, None] * b, None if gain is None else gain[rows])
+    return places
+
+
+def _row_blocks(shape: torch.Size) -> Iterator[slice]:
+    """Rows of a matrix by about `BLOCK` elements; a multiple of what vectors along rows may span."""
+    step = max(BLOCK // shape[1] // ROWS * ROWS, ROWS)
+    for start in range(0, shape[0], step):
+        yield slice(start, start + step)
 
 
 class _TableProduct(torch.autograd.Function):
@@ -85,7 +102,10 @@ class _TableProduct(torch.autograd.Function):
             if latent_wanted:
                 d_latent = _over_positions(grad.to(ctx.kind), x.to(ctx.kind)).to(a.dtype)
                 if table_wanted:
-                    d_table = sums_per_entry(places, (d_latent * a[:, None]).mul_(b), table)
+                    d_table = torch.zeros_like(table)
+                    for rows in _row_blocks(places.shape):
+                        scaled = (d_latent[rows] * a[rows, None]).mul_(b)
+                        d_table += sums_per_entry(places[rows], scaled, table)
             elif table_wanted:
                 scaled = _over_positions((grad * a).to(ctx.kind), (x * b).to(ctx.kind))
                 d_table = sums_per_entry(places, scaled.to(table.dtype), table)

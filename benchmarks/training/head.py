@@ -1,4 +1,4 @@
-"""Memory and time of head and loss, tile by tile against all logits at once: `python -m benchmarks.head [ROUNDS]`.
+"""Head and loss tile by tile against all logits at once: `python -m benchmarks.training.head [ROUNDS]`.
 
 A head of Qwen3-0.6B's shape over 512 positions, forward and backward, the distillation loss with a teacher's top 128
 and 128 random negatives. Every variant runs in a process of its own; memory is the process's peak above what it was
@@ -80,10 +80,10 @@ def main(rounds: int) -> None:
     for head in HEADS:
         pair = {}
         for way in WAYS:
-            command = [sys.executable, "-m", "benchmarks.head", "--one", head, way, str(rounds)]
+            command = [sys.executable, "-m", "benchmarks.training.head", "--one", head, way, str(rounds)]
             pair[way] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
         found.append({"head": head, **pair})
-    save("head", found)
+    save("training_head", found)
     lines = []
     for row in found:
         whole, tiles = (row[way] for way in WAYS)

@@ -1,4 +1,4 @@
-"""What training through the quantizer costs: `python -m benchmarks.training [ROUNDS [THREADS]]`.
+"""What training through the quantizer costs: `python -m benchmarks.training.pico [ROUNDS [THREADS]]`.
 
 Tokens per second of a plain forward and backward pass of the dense model, and of whole training steps (teacher cache
 read, forward, loss, backward, AdamW) of the same model dense and quantized, in turns so that a busy machine slows all
@@ -141,7 +141,7 @@ def main() -> None:
         speed = round(statistics.median(speeds[way][1:]))
         ratio = round(seconds / base, 2)
         rows.append({"what": way, "tokens_per_s": speed, "cpu_s_per_step": round(seconds, 3), "cpu_ratio": ratio})
-    save("training", {"threads": threads, "batch": [SEQUENCES, LENGTH], "rounds": rounds, "speeds": rows})
+    save("training_pico", {"threads": threads, "batch": [SEQUENCES, LENGTH], "rounds": rounds, "speeds": rows})
     title = (
         f"Training steps of {SEQUENCES} x {LENGTH} tokens, {threads} threads; processor time against the plain passes"
     )
