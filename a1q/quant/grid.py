@@ -16,7 +16,7 @@ FP16_MAX = 65504.0
 FEW = 4
 """Up to so many entries a comparison per midpoint is fastest on the CPU."""
 BLOCK = 1 << 18
-"""Elements that are worked on at a time: what is made on the way is neither fetched from memory nor asked of the system."""
+"""Elements that are worked on at a time: what is made on the way stays in the cache."""
 MOST_PAIRED = 64
 """Up to so many entries a table of all pairs of them stays small."""
 PAIRS = {torch.float32: torch.int64, torch.float16: torch.int32, torch.bfloat16: torch.int32}
@@ -87,15 +87,18 @@ def safe_scale(scale: Tensor) -> Tensor:
     return scale.abs().clamp_min_(FLOOR).copysign_(scale)
 
 
-def lookup(lut: Tensor, indices: Tensor) -> Tensor:
-    """The entries [out, in] that uint8 `indices` [out, in] name."""
+def lookup(lut: Tensor, indices: Tensor, out: Tensor | None = None) -> Tensor:
+    """The entries [out, in] that uint8 `indices` [out, in] name; written into `out` [out, in] where given."""
     if _in_pairs(lut, indices):
-        return _looked_up_in_pairs(lut, indices)
-    return lut.reshape(-1).index_select(0, _flat(lut, indices)).reshape(indices.shape)
+        return _look_up_in_pairs(lut, indices, torch.empty(indices.shape, dtype=lut.dtype) if out is None else out)
+    if out is None:
+        return lut.reshape(-1).index_select(0, _flat(lut, indices)).reshape(indices.shape)
+    torch.index_select(lut.reshape(-1), 0, _flat(lut, indices), out=out.view(-1))
+    return out
 
 
 def _in_pairs(lut: Tensor, indices: Tensor) -> bool:
-    """Whether `_looked_up_in_pairs` can do the work, and faster."""
+    """Whether `_look_up_in_pairs` can do the work, and faster."""
     return (
         lut.numel() <= MOST_PAIRED
         and len(lut) == 1
@@ -110,16 +113,15 @@ def _in_pairs(lut: Tensor, indices: Tensor) -> bool:
     )
 
 
-def _looked_up_in_pairs(lut: Tensor, indices: Tensor) -> Tensor:
+def _look_up_in_pairs(lut: Tensor, indices: Tensor, out: Tensor) -> Tensor:
     """`lookup` two neighbours at a time: their indices are one 16-bit number, their entries one element of a table."""
     entries, last = lut.reshape(-1), lut.numel() - 1
     numbers = torch.arange((last << 8) + last + 1)
     pairs = torch.stack([entries[(numbers & 255).clamp_(max=last)], entries[numbers >> 8]], dim=1)
     pairs, neighbours = pairs.view(PAIRS[lut.dtype]).reshape(-1), indices.view(torch.int16).reshape(-1)
-    found = torch.empty(neighbours.shape, dtype=pairs.dtype)
-    for part, numbers in zip(found.split(BLOCK), neighbours.split(BLOCK), strict=True):
+    for part, numbers in zip(out.view(-1).view(pairs.dtype).split(BLOCK), neighbours.split(BLOCK), strict=True):
         torch.index_select(pairs, 0, numbers.int(), out=part)
-    return found.view(lut.dtype).reshape(indices.shape)
+    return out
 
 
 def sums_per_entry(indices: Tensor, values: Tensor, lut: Tensor) -> Tensor:

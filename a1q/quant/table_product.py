@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 from a1q.quant.grid import BLOCK, lookup, sums_per_entry
+from a1q.quant.workspace import workspace
 
 Rule = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
 """(V [out, in], table [1, n], S [out, in], gain [out] or None) -> places uint8 [out, in]"""
@@ -79,26 +80,38 @@ class _TableProduct(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, table: Tensor, places: Tensor, a: Tensor, b: Tensor, latent: Any, kind: torch.dtype
     ) -> Tensor:
-        product = linear((x * b).to(kind), lookup(table.to(kind), places))
-        ctx.save_for_backward(x, product if ctx.needs_input_grad[3] else None, table, places, a, b)
+        product = linear(_scaled(x, b, kind), _entries(table, places, kind))
+        # y is kept alive by what follows in most models, and tells the product wherever a is not zero. Asking that of
+        # another device would make this one wait for it.
+        a_wanted = ctx.needs_input_grad[3]
+        ctx.by_result = x.device.type == "cpu" and a_wanted and product.dtype == a.dtype and bool((a != 0).all())
+        kept = None
+        if a_wanted and not ctx.by_result:
+            kept, y = product, (product * a).to(kind)
+        else:
+            y = product.mul_(a)
+            kept = y if a_wanted else None
+        ctx.save_for_backward(x, kept, table, places, a, b)
         ctx.kind = kind
-        return (product * a).to(kind)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, product, table, places, a, b = ctx.saved_tensors
+        x, kept, table, places, a, b = ctx.saved_tensors
         x_wanted, table_wanted, _, a_wanted, b_wanted, latent_wanted, _ = ctx.needs_input_grad
         d_x = d_table = d_a = d_b = d_latent = None
         with torch.autocast(grad.device.type, enabled=False):
             if a_wanted:
-                d_a = _sum_of_products(grad, product, a)
+                d_a = _sum_of_products(grad, kept, a)
+                if ctx.by_result:
+                    d_a /= a
             if x_wanted or b_wanted:
-                back = (grad * a).to(ctx.kind) @ lookup(table.to(ctx.kind), places)
+                back = _scaled(grad, a, ctx.kind) @ _entries(table, places, ctx.kind)
                 if b_wanted:
                     d_b = _sum_of_products(back, x, b)
                 if x_wanted:
-                    d_x = (back * b).to(x.dtype)
+                    d_x = back.mul_(b).to(x.dtype)
             if latent_wanted:
                 d_latent = _over_positions(grad.to(ctx.kind), x.to(ctx.kind)).to(a.dtype)
                 if table_wanted:
@@ -110,6 +123,18 @@ class _TableProduct(torch.autograd.Function):
                 scaled = _over_positions((grad * a).to(ctx.kind), (x * b).to(ctx.kind))
                 d_table = sums_per_entry(places, scaled.to(table.dtype), table)
         return d_x, d_table, None, d_a, d_b, d_latent, None
+
+
+def _entries(table: Tensor, places: Tensor, kind: torch.dtype) -> Tensor:
+    """Q [out, in], for now."""
+    out = workspace("entries", places.shape, kind, places.device)
+    return lookup(table.detach().to(kind), places, out)
+
+
+def _scaled(vectors: Tensor, scale: Tensor, kind: torch.dtype) -> Tensor:
+    """vectors ⊙ scale, for now."""
+    out = workspace("vectors", vectors.shape, kind, vectors.device)
+    return torch.mul(vectors, scale, out=out)
 
 
 def _sum_of_products(left: Tensor, right: Tensor, like: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
 """What training costs beside plain fine-tuning: `python -m benchmarks.training [--rounds N] [--only TEXT]`.
 
 Every side of a ratio is measured in a process of its own, the sides in turn; a side's figure is the least of its
-rounds. `--device cuda` measures there. Both sides have the same master type (fp32), autocast, checkpointing, head and loss. Memory is the process's peak above
-what it was after the imports. bf16 rows are there where the processor has bf16 instructions, and on CUDA.
+rounds. `--device cuda` measures there. Both sides have the same master type (fp32), autocast, checkpointing, head and
+loss. Memory is the process's peak above what it was after the imports. bf16 rows are there where the processor has bf16
+instructions, and on CUDA.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What is measured: linears and models of Qwen3-0.6B's shape, plain and quantized, with random numbers.
 
-Quantized ones are Q2A4: 2 bits in MLPs and 4 in attention, `lut_lowrank`. Speed does not hang on the numbers: nothing is
-fitted.
+Quantized ones are Q2A4: 2 bits in MLPs and 4 in attention, `lut_lowrank`. Nothing is fitted: speed does
+not hang on the numbers.
 """
 
 from __future__ import annotations
