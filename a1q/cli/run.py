@@ -8,12 +8,15 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from a1q.cli.common import read_recipe, recipe_options, terminal_width
 from a1q.errors import A1QError, ProblemsError
+
+if TYPE_CHECKING:
+    from a1q.engine.plan import Plan
 
 EPILOG = """\b
 Examples:
@@ -35,6 +38,14 @@ The same command resumes a run that was interrupted, killed or ran out of disk.
 @click.option("--force", is_flag=True, help="Run the stages asked for again, even if the store has their results.")
 @click.option("--no-cache", is_flag=True, help="Run everything in a store of its own inside the run folder.")
 @click.option("--smoke", is_flag=True, help="One tiny step of every stage, exports included; gates are not judged.")
+@click.option(
+    "--launch",
+    type=click.IntRange(1),
+    default=1,
+    metavar="N",
+    help="Train and build caches in N processes of this machine, one per GPU or sharing its processors. For several "
+    "machines start the command with torchrun or accelerate launch.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print events for programs, one JSON object a line.")
 def command(
     recipe: str,
@@ -43,25 +54,44 @@ def command(
     plugins: tuple[Path, ...],
     output: Path | None,
     smoke: bool,
+    launch: int,
     as_json: bool,
     **asked: Any,
 ) -> None:
     """Run RECIPE: a file, or the name of a shipped recipe. Results that are in the store are not computed again."""
     from a1q.engine.run import RunOptions, run_plan
+    from a1q.engine.world import world_here
     from a1q.recipe.plan import make_plan
     from a1q.report.progress import JsonLines, Lines
 
-    options = RunOptions(**asked)
-    with _error_line(as_json):
+    options, world = RunOptions(**asked), world_here()
+    with _error_line(as_json and world.leads):
         loaded, registry = read_recipe(recipe, sets, unsets, plugins)
         stream = sys.stdout
         with contextlib.redirect_stdout(sys.stderr):  # what stages and libraries print is no result
             plan = make_plan(loaded, registry, smoke=smoke)
+        if launch > 1 and world.alone:
+            _in_processes(launch, plan)
         folder = output or Path("runs") / (f"{plan.name}-smoke" if smoke else plan.name)
         os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of other libraries would draw over our progress
         listener = JsonLines(stream) if as_json else Lines(stream, live=stream.isatty())
-        with _closing_table(None if as_json else folder), contextlib.redirect_stdout(sys.stderr):
-            run_plan(plan, folder, options, [listener], lambda text: click.echo(f"\na1q: {text}", err=True))
+        with _closing_table(folder if world.leads and not as_json else None), contextlib.redirect_stdout(sys.stderr):
+            run_plan(plan, folder, options, [listener], lambda text: click.echo(f"\na1q: {text}", err=True), world)
+
+
+def _in_processes(count: int, plan: Plan) -> NoReturn:
+    """The same command line in `count` processes; exits as they end.
+
+    Raises:
+        MismatchError: if they can't share the plan's device.
+    """
+    from a1q.engine.launch import launch
+    from a1q.engine.world import World, problem_on
+    from a1q.errors import MismatchError
+
+    if (problem := problem_on(plan.runtime.device, World(0, count))) is not None:
+        raise MismatchError([problem])
+    raise click.exceptions.Exit(launch(sys.argv[1:], count, lambda text: click.echo(f"a1q: {text}", err=True)))
 
 
 @contextlib.contextmanager

@@ -18,10 +18,12 @@ from a1q.engine.artifact import Artifact
 from a1q.engine.cachekey import differences, key_of, key_parts
 from a1q.engine.events import Events, not_finite, plain
 from a1q.engine.files import disk_error
+from a1q.engine.follow import summons
 from a1q.engine.plan import SOURCE, Plan, PlannedStage, stage_seed
 from a1q.engine.selection import Selection
 from a1q.engine.stage import DataEntry, StageContext
 from a1q.engine.store import Entry, Store
+from a1q.engine.world import ALONE, World
 from a1q.errors import GateError, Interrupted, StageError
 
 
@@ -39,6 +41,8 @@ class Interpreter:
     """Keys that `force` leaves alone: an interrupted forced run has computed them already."""
     before: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Key parts of the last run in this folder by stage id, to say why a stage runs again."""
+    world: World = ALONE
+    """The processes that this one leads in parallel stages."""
     progress_file: Callable[[str], Path | None] = lambda stage_id: None
     """Where a listener collects a stage's progress; kept beside its artifact."""
     artifacts: dict[str, Artifact | None] = field(default_factory=dict)
@@ -125,11 +129,14 @@ class Interpreter:
             groups=planned.groups,
             data=data,
             smoke=self.plan.smoke,
+            world=self.world if planned.stage.parallel else ALONE,
             emit=emit,
             should_stop=self.should_stop,
         )
         try:
             _require_unchanged(inputs)
+            if not context.world.alone:
+                context.world.shared(summons(context))
             try:
                 planned.stage.run(context)
             except SystemExit as error:

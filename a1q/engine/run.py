@@ -10,12 +10,14 @@ from pathlib import Path
 
 from a1q.engine.events import Events, Listener
 from a1q.engine.files import remove_tree, told_disk_errors
+from a1q.engine.follow import follow
 from a1q.engine.interpreter import Interpreter
 from a1q.engine.plan import Plan
 from a1q.engine.rundir import RunFolder
-from a1q.engine.selection import select
+from a1q.engine.selection import Selection, select
 from a1q.engine.signals import stop_on_signals
 from a1q.engine.store import Store
+from a1q.engine.world import ALONE, World, joined
 from a1q.errors import A1QError, GateError, Interrupted, StageError
 
 
@@ -41,13 +43,33 @@ def run_plan(
     options: RunOptions = RunOptions(),
     listeners: Sequence[Listener] = (),
     say: Callable[[str], None] = lambda text: None,
+    world: World = ALONE,
 ) -> None:
     """Execute `plan` with `path` as its run folder; the same call resumes what was interrupted or killed.
+
+    In a process that doesn't lead `world`, take part in the parallel stages of the one that does.
 
     Raises:
         A1QError: of the kind and exit code that `a1q.errors` documents; report.json tells the same.
     """
     selection = select(plan, options.start, options.until, options.only)
+    with joined(world, plan.runtime.device):
+        if not world.leads:
+            with stop_on_signals(lambda text: None):  # process 0 decides when to stop
+                return follow(plan, world)
+        _lead(plan, selection, path, options, listeners, say, world)
+        world.shared(None)
+
+
+def _lead(
+    plan: Plan,
+    selection: Selection,
+    path: Path,
+    options: RunOptions,
+    listeners: Sequence[Listener],
+    say: Callable[[str], None],
+    world: World,
+) -> None:
     with RunFolder(path) as folder, stop_on_signals(say) as stop, _disk_errors_told(folder.path):
         before = folder.previous if folder.resumes else {}
         if options.no_cache and not before.get("no_cache"):
@@ -66,6 +88,7 @@ def run_plan(
                 force=options.force,
                 spared=done if before.get("force") else (),
                 before=dict(folder.parts),
+                world=world,
                 progress_file=folder.progress_file,
             )
             stages = [{"id": item.id, "stage": item.type} for item in selection.stages]

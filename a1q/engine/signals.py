@@ -8,16 +8,20 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from a1q.engine.world import launcher_gone
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopRequest:
-    """Which signal has asked to stop. Calling it gives that number, or 0."""
+    """Which signal has asked to stop. Calling it gives that number, or 0; a launcher's end counts as SIGTERM."""
 
     def __init__(self) -> None:
         self.number = 0
 
     def __call__(self) -> int:
+        if not self.number and launcher_gone():
+            self.number = signal.SIGTERM
         return self.number
 
 

@@ -33,6 +33,7 @@ from typing import Any, ClassVar
 
 from a1q.engine.artifact import Artifact
 from a1q.engine.config import build_config
+from a1q.engine.world import ALONE, World
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,8 @@ class StageContext:
     groups: Mapping[str, Group] = field(default_factory=dict)
     data: Mapping[str, DataEntry] = field(default_factory=dict)
     smoke: bool = False
+    world: World = ALONE
+    """The processes that run this stage together; one alone unless the stage is `parallel`."""
     emit: Callable[[str, Mapping[str, Any]], None] = lambda kind, values: None
     """Receives `("progress", {...})`, `("log", {...})`."""
     should_stop: Callable[[], int] = lambda: 0
@@ -161,6 +164,9 @@ class Stage(ABC):
     """Part of the cache key: raise it whenever the same options give other numbers."""
     Config: ClassVar[type]
     """A frozen dataclass whose fields are the schema's properties (see `a1q.engine.config`)."""
+    parallel: ClassVar[bool] = False
+    """Whether all processes of a run call `run` at once, each with its place in `ctx.world`. All but the leading one
+    write nothing but what they compute for others, into `ctx.scratch`."""
     schema: ClassVar[Mapping[str, Any] | None] = None
     """Inline schema, for plug-ins outside this package only."""
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from a1q.engine.stage import Runtime
+from a1q.engine.world import processes_per_machine
 
 
 def resolve_runtime(written: Mapping[str, Any]) -> Runtime:
@@ -22,7 +23,9 @@ def resolve_runtime(written: Mapping[str, Any]) -> Runtime:
     amp = written["amp"]
     if amp == "auto":
         amp = "bf16" if device == "cuda" else "no"
-    threads = available_threads() if written["threads"] == "auto" else written["threads"]
+    threads = written["threads"]
+    if threads == "auto":
+        threads = max(available_threads() // processes_per_machine(), 1)
     return Runtime(device=device, amp=amp, params=written["params"], threads=threads)
 
 
