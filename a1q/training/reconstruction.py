@@ -1,9 +1,9 @@
 """Train the quantized modules of one decoder layer until its output is what the layer's was before.
 
-The loss is  Σ δᵀ M δ / Σ cᵀ M c  (`a1q.distill.local.relative_error`), with δ the difference of the layer's outputs, c
-what the layer adds to its input, and M = E[g gᵀ] where calibration measured gradients: to second order δᵀ M δ / 2 is the
-KL that δ costs (as in BRECQ, Li et al., 2021, arXiv:2102.05426, with the whole matrix in place of its diagonal). Without
-gradients M is the identity.
+The loss is  Σ δᵀ M δ / Σ cᵀ M c  (`a1q.distill.local.relative_error`), with δ the difference of the layer's outputs,
+c what the layer adds to its input, and M = E[g gᵀ] where calibration measured gradients: to second order δᵀ M δ / 2 is
+the KL that δ costs (as in BRECQ, Li et al., 2021, arXiv:2102.05426, with the whole matrix in place of its diagonal).
+Without gradients M is the identity.
 """
 
 from __future__ import annotations
