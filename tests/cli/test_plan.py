@@ -50,7 +50,7 @@ def test_json_tells_modules_and_costs(model):
     stages = {stage["id"]: stage for stage in document["stages"]}
     assert len(stages["q4"]["modules"]["mlp"]) == 12
     assert len(stages["q4"]["modules"]["attn"]) == 16
-    assert stages["q2_train"]["inputs"] == {"model": "q2", "teacher": "teacher"}
+    assert stages["q2_train"]["inputs"] == {"model": "q2", "teacher": "teacher", "teacher_model": "model"}
     assert document["disk"]["expected"] == sum(stage["disk_bytes"] for stage in stages.values()) > 0
     assert document["memory"]["expected"] == max(stage["memory_bytes"] for stage in stages.values()) > 0
     assert document["disk"]["free"] > 0
