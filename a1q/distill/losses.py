@@ -153,7 +153,7 @@ def loss_of(
 
 
 def total_of(
-    kl: Tensor, partition: Tensor, top1: Tensor, target: Tensor, terms: Terms
+    kl: Tensor, partition: Tensor, top1: Tensor, target: Tensor, terms: Terms, counts: Tensor | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss and its detached terms, of the divergence with its T² and of what hard labels need to know.
 
@@ -161,13 +161,14 @@ def total_of(
         partition: the student's logsumexp(logits) [B, L]; looked at where hard labels count.
         top1: its logit [B, L] of the teacher's most probable token.
         target: its logit [B, L] of the next token; the last position's does not count.
+        counts: bool [B, L], the positions whose next token counts (`next_token_loss`); None for all.
     """
     loss, found = kl, {"kl": kl}
     if terms.hard_top1:
         found["hard_top1"] = cross_entropy(partition, top1)
         loss = loss + terms.hard_top1 * found["hard_top1"]
     if terms.hard_full:
-        found["hard_full"] = next_token_loss(partition, target)
+        found["hard_full"] = next_token_loss(partition, target, counts)
         loss = loss + terms.hard_full * found["hard_full"]
     return loss, {name: term.detach() for name, term in found.items()}
 
