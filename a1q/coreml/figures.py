@@ -77,8 +77,7 @@ class Tally:
         cosine = float(expected @ found / norms) if norms else float(error == 0)
         rest, spread = float(np.abs(rounded - found).max()), float(rounded.std())
         relative = rest / spread if spread else (math.inf if rest else 0.0)
-        p, q = log_softmax(expected), log_softmax(found)
-        kl = float(np.exp(p) @ (p - q))
+        kl = divergence(expected, found)
         self._rows.append((cosine, error, relative, kl, float(found.argmax() == first), margin))
 
     def figures(self, choice_agreement: float, greedy_agreement: float, overflows: Mapping[str, int]) -> Figures:
@@ -101,6 +100,12 @@ class Tally:
             overflows=sum(overflows.values()),
             overflow_at=next(iter(overflows), ""),
         )
+
+
+def divergence(expected: Array, found: Array) -> float:
+    """KL in nats of the distribution of one vector of logits to that of another, both float64."""
+    p, q = log_softmax(expected), log_softmax(found)
+    return float(np.exp(p) @ (p - q))
 
 
 def log_softmax(x: Array) -> Array:

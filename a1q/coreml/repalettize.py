@@ -215,12 +215,11 @@ def _compared(before: Array, after: Array) -> Array:
     """KL divergence, largest difference, and whether the first choice is the same: [3, L] from [L, vocabulary]."""
     import numpy as np
 
-    from a1q.coreml.figures import log_softmax
+    from a1q.coreml.figures import divergence
 
     rows = []
     for expected, found in zip(before.astype(np.float64), after.astype(np.float64), strict=True):
-        p, q = log_softmax(expected), log_softmax(found)
-        rows.append((np.exp(p) @ (p - q), np.abs(expected - found).max(), expected.argmax() == found.argmax()))
+        rows.append((divergence(expected, found), np.abs(expected - found).max(), expected.argmax() == found.argmax()))
     return np.array(rows, np.float64).T
 
 

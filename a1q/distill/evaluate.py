@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from a1q.distill.divergence import kl
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -54,7 +56,7 @@ def evaluate_model(
                 for index, item in enumerate(log_probs):
                     losses[index] -= _float64(item[:-1].gather(-1, ids[row, 1:, None])).sum().item()
                 if teacher is not None:
-                    divergence += _float64(_kl(*log_probs)).sum().item()
+                    divergence += _float64(kl(log_probs[1], log_probs[0])).sum().item()
                     agreed += int((log_probs[0].argmax(dim=-1) == log_probs[1].argmax(dim=-1)).sum())
             if progress is not None:
                 progress(min(first + batch_size, len(tokens)), len(tokens))
@@ -69,11 +71,6 @@ def evaluate_model(
         found["kl"] = divergence / (count * length)
         found["top1"] = agreed / (count * length)
     return found
-
-
-def _kl(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL(teacher || student) [L] from log-probabilities [L, V]."""
-    return (teacher.exp() * (teacher - student)).sum(dim=-1)
 
 
 def _float64(values: Tensor) -> Any:

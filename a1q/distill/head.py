@@ -7,26 +7,25 @@ The vocabulary is walked in tiles of a few thousand rows of the head W [V, H]. W
   is taken along in the forward pass (as attention's output is, Dao et al., 2022), and nothing is computed twice.
 * A head that trains needs  dL/dW_v = Σ_positions (dL/dl_v) h,  which wants P beforehand: logits are computed again,
   tile by tile, in the backward pass. That is one product more, of four.
+* Beside a teacher that runs along, the gradient of KL(p || q) by l_v is (q_v - p_v) / T. Both partitions have to be
+  known for the two to be subtracted before anything is rounded, so its tiles, too, are computed again.
 
 Rows of a quantized head that stands still are made tile by tile, and the whole weight never is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from a1q.distill.tiles import Guide, Partition, tile_logits, tiles
 from a1q.quant.module import QuantModule
 from a1q.quant.tied import TiedHead
 
-TILE = 1 << 19
-"""Logits that are formed at a time, at most."""
-ROWS = (256, 8192)
-"""Rows of the head per tile, at least and at most."""
 PAIRS = 4096
 """Chosen logits whose rows of the head are gathered at a time in the backward pass."""
 
@@ -78,20 +77,56 @@ class Head:
             hidden: h [B, L, H].
             index: int64 [B, L, I].
         """
-        weight = self.weight() if self.trains else None
+        *partitions, picked = self._ask(hidden, index, temperatures, None)
         places = index.shape[:-1]
-        kind = hidden.dtype
-        if torch.is_autocast_enabled(hidden.device.type):
-            kind = torch.get_autocast_dtype(hidden.device.type)
+        return tuple(part.reshape(places) for part in partitions), picked.reshape(index.shape)
+
+    def beside(
+        self, hidden: Tensor, index: Tensor, temperatures: Sequence[float], teacher: Head, taught: Tensor
+    ) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+        """`partitions_and_picked` with, picked first, the student's logit of the teacher's most probable token, and
+        the gap [B, L] (`a1q.distill.exact`) to the teacher at the first of the temperatures.
+
+        Args:
+            teacher: its head, which gets no gradient.
+            taught: its states [B, L, H'].
+        """
+        kind = _type_of_products(taught)
+        guide = Guide(teacher, taught.detach().reshape(-1, taught.shape[-1]).to(kind), temperatures[0])
+        *partitions, picked, gap = self._ask(hidden, index, temperatures, guide)
+        places = index.shape[:-1]
+        return tuple(part.reshape(places) for part in partitions), picked.reshape(*places, -1), gap.reshape(places)
+
+    def _ask(
+        self, hidden: Tensor, index: Tensor, temperatures: Sequence[float], guide: Guide | None
+    ) -> tuple[Tensor, ...]:
+        weight = self.weight() if self.trains else None
+        kind = _type_of_products(hidden)
         with torch.autocast(hidden.device.type, enabled=False):
-            found = _Answers.apply(
+            return _Answers.apply(
                 hidden.reshape(-1, hidden.shape[-1]).to(kind),
                 None if weight is None else weight.to(kind),
                 self,
                 index.reshape(-1, index.shape[-1]),
                 tuple(temperatures),
+                guide,
             )
-        return tuple(part.reshape(places) for part in found[:-1]), found[-1].reshape(index.shape)
+
+
+class HeadFinder:
+    """The head of a model; adapters come and go, so it is looked at every time it is asked for."""
+
+    def __init__(self, model: Any):
+        self._model = model
+        self._known: tuple[Any, Head | None] | None = None
+
+    def __call__(self) -> Head | None:
+        """As `head_of`."""
+        module = self._model.get_output_embeddings()
+        key = module, getattr(module, "lora_A", None) is None
+        if self._known is None or self._known[0] != key:
+            self._known = key, head_of(self._model)
+        return self._known[1]
 
 
 def head_of(model: Any) -> Head | None:
@@ -119,6 +154,11 @@ def _gives_the_logits(model: Any, module: nn.Module) -> bool:
     return same
 
 
+def _type_of_products(hidden: Tensor) -> torch.dtype:
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+
+
 class _Chosen:
     """Which ids of `index` [N, I] fall into a tile."""
 
@@ -135,103 +175,84 @@ class _Chosen:
 
 
 class _Answers(torch.autograd.Function):
-    """(h [N, H], W [V, H] or None, head, index [N, I], temperatures) -> (partition [N] each, picked [N, I])."""
+    """(h [N, H], W [V, H] or None, head, index [N, I], temperatures, guide) -> (partition [N] each, picked [N, I]);
+    with a guide picked is [N, 1 + I], its top-1 first, and the gap [N] is the last of all."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor | None, head: Head, index: Tensor, temperatures: tuple[float, ...]
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor | None,
+        head: Head,
+        index: Tensor,
+        temperatures: tuple[float, ...],
+        guide: Guide | None,
     ) -> tuple[Tensor, ...]:
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        along = weight is None and ctx.needs_input_grad[0]
-        sums = [_Partition(t, hidden, wide, along) for t in temperatures]
+        along = weight is None and ctx.needs_input_grad[0] and guide is None
+        sums = [Partition(len(hidden), wide, hidden.device) for _ in temperatures]
+        pulls = [torch.zeros(hidden.shape, dtype=wide, device=hidden.device) for _ in temperatures if along]
         picked = torch.empty(index.shape, dtype=wide, device=hidden.device)
         chosen = _Chosen(index)
-        for start, rows in _tiles(head, weight, hidden):
-            logits = _logits(hidden, rows, head.bias, start, wide)
+        if guide is not None:
+            guide.begin(wide)
+        for start, rows in tiles(head, weight, hidden):
+            logits = tile_logits(hidden, rows, head.bias, start, wide)
             places, positions, columns = chosen.within(start, start + len(rows))
             picked.view(-1)[places] = logits[positions, columns]
-            for number, part in enumerate(sums):
-                part.add(logits, rows, last=number == len(sums) - 1)
+            if guide is not None:
+                guide.add(start, logits)
+            for number, (t, part) in enumerate(zip(temperatures, sums, strict=True)):
+                last = number == len(sums) - 1  # nobody else needs the logits: they may be written over
+                shares, fading = part.add(logits / t if t != 1.0 or not last else logits)
+                if along:
+                    pulls[number].mul_(fading[:, None]).add_(shares.to(rows.dtype) @ rows)
         partitions = [part.value() for part in sums]
-        ctx.head, ctx.temperatures, ctx.along = head, temperatures, along
-        slopes = [part.slope() for part in sums] if along else []
+        ctx.head, ctx.temperatures, ctx.along, ctx.guide = head, temperatures, along, guide
+        found = [*partitions, picked]
+        if guide is not None:
+            label, gap = guide.end()
+            index = torch.cat([guide.top1[:, None], index], dim=1)
+            found = [*partitions, torch.cat([label[:, None], picked], dim=1), gap]
+        slopes = [
+            pull / (part.mass * t)[:, None] for pull, part, t in zip(pulls, sums, temperatures, strict=False)
+        ]  # of the partitions by h; none unless taken along
         ctx.save_for_backward(hidden, weight, index, *partitions, *slopes)
-        return *partitions, picked
+        return tuple(found)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         hidden, weight, index, *kept = ctx.saved_tensors
-        partitions, slopes = kept[: len(ctx.temperatures)], kept[len(ctx.temperatures) :]
-        *by_partition, by_picked = grads
+        count = len(ctx.temperatures)
+        partitions, slopes = kept[:count], kept[count:]
+        by_partition, (by_picked, *by_gap) = grads[:count], grads[count:]
         chosen = _Chosen(index)
+        nothing = (None,) * 4
         if ctx.along:
             total = sum(grad[:, None] * slope for grad, slope in zip(by_partition, slopes, strict=True))
-            for start, rows in _tiles(ctx.head, weight, hidden):
+            for start, rows in tiles(ctx.head, weight, hidden):
                 _add_rows(total, by_picked, chosen.within(start, start + len(rows)), rows)
-            return total.to(hidden.dtype), None, None, None, None
+            return total.to(hidden.dtype), None, *nothing
         wide = by_picked.dtype
         d_hidden = torch.zeros(hidden.shape, dtype=wide, device=hidden.device) if ctx.needs_input_grad[0] else None
         d_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
-        for start, rows in _tiles(ctx.head, weight, hidden):
-            logits = _logits(hidden, rows, ctx.head.bias, start, wide)
+        for start, rows in tiles(ctx.head, weight, hidden):
+            stop = start + len(rows)
+            logits = tile_logits(hidden, rows, ctx.head.bias, start, wide)
             slope = torch.zeros_like(logits)
             for t, grad, partition in zip(ctx.temperatures, by_partition, partitions, strict=True):
                 slope += (logits / t - partition[:, None]).exp_().mul_((grad / t)[:, None])
-            places, positions, columns = chosen.within(start, start + len(rows))
+            for grad in by_gap:
+                slope -= ctx.guide.probabilities(start, stop).mul_((grad / ctx.temperatures[0])[:, None])
+            places, positions, columns = chosen.within(start, stop)
             slope.index_put_((positions, columns), by_picked.reshape(-1)[places], accumulate=True)
             slope = slope.to(hidden.dtype)
             if d_hidden is not None:
                 d_hidden += slope @ rows
             if d_weight is not None:
-                torch.mm(slope.T, hidden, out=d_weight[start : start + len(rows)])
-        return None if d_hidden is None else d_hidden.to(hidden.dtype), d_weight, None, None, None
-
-
-class _Partition:
-    """logsumexp(l / T) [N] and, along with it, its gradient by h [N, H], as tiles come."""
-
-    def __init__(self, temperature: float, hidden: Tensor, wide: torch.dtype, along: bool):
-        count, self.temperature = len(hidden), temperature
-        self.largest = torch.full((count,), -torch.inf, dtype=wide, device=hidden.device)
-        self.mass = torch.zeros(count, dtype=wide, device=hidden.device)
-        self.pull = torch.zeros(hidden.shape, dtype=wide, device=hidden.device) if along else None
-
-    def add(self, logits: Tensor, rows: Tensor, last: bool) -> None:
-        """Take in a tile's logits [N, n], which may be written over where nobody else needs them (`last`)."""
-        scaled = logits / self.temperature if self.temperature != 1.0 or not last else logits
-        largest = torch.maximum(self.largest, scaled.amax(1))
-        shares = scaled.sub_(largest[:, None]).exp_()
-        fading = (self.largest - largest).exp_()
-        self.mass = self.mass * fading + shares.sum(1)
-        if self.pull is not None:
-            self.pull.mul_(fading[:, None]).add_(shares.to(rows.dtype) @ rows)
-        self.largest = largest
-
-    def value(self) -> Tensor:
-        """The logsumexp."""
-        return self.largest + self.mass.log()
-
-    def slope(self) -> Tensor:
-        """Its gradient by h."""
-        assert self.pull is not None
-        return self.pull / (self.mass * self.temperature)[:, None]
-
-
-def _tiles(head: Head, weight: Tensor | None, hidden: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """(first row, rows [n, H] in the type of the states) of the head, piece by piece."""
-    least, most = ROWS
-    size = min(max(TILE // len(hidden), least), most) // least * least
-    for start in range(0, head.vocabulary, size):
-        stop = min(start + size, head.vocabulary)
-        rows = head.rows(start, stop) if weight is None else weight[start:stop]
-        yield start, rows.detach().to(hidden.dtype)
-
-
-def _logits(hidden: Tensor, rows: Tensor, bias: Tensor | None, start: int, wide: torch.dtype) -> Tensor:
-    """[N, n] of a tile, a tensor of their own."""
-    logits = (hidden @ rows.T).to(wide)
-    return logits if bias is None else logits.add_(bias[start : start + len(rows)].detach().to(wide))
+                torch.mm(slope.T, hidden, out=d_weight[start:stop])
+        return None if d_hidden is None else d_hidden.to(hidden.dtype), d_weight, *nothing
 
 
 def _add_rows(total: Tensor, by_picked: Tensor, chosen: tuple[Tensor, Tensor, Tensor], rows: Tensor) -> None:

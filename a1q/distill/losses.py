@@ -23,6 +23,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from a1q.distill.divergence import cross_entropy, kl, partial_kl
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -97,25 +99,40 @@ def kd_loss(logits: Tensor, batch: TeacherBatch, **terms: Any) -> tuple[Tensor, 
     Raises:
         ValueError: as `Terms.check`.
     """
-    import torch
-
     wanted = Terms(**terms)
     wanted.check(batch, logits.shape[-1])
-    logits = logits.float() if logits.dtype != torch.float64 else logits
-    partition, picked = _partition_and_picked()(logits, asked_of(batch), wanted.temperature)
-    partitions = (partition, *(torch.logsumexp(logits / t, dim=-1) for t in wanted.temperatures[1:]))
-    return loss_of(partitions, picked, batch, wanted)
+    return loss_of(*answers(logits, asked_of(batch), wanted.temperatures), batch, wanted)
 
 
-def asked_of(batch: TeacherBatch) -> Tensor:
-    """The ids [B, L, K + R + 1] whose logits the loss asks for: the top-k, the negatives, the next token.
+def answers(logits: Tensor, index: Tensor, temperatures: Sequence[float]) -> tuple[tuple[Tensor, ...], Tensor]:
+    """What every loss asks of a student: logsumexp(logits / T) [B, L] for every T, and its logits [B, L, I] at `index`.
 
-    A sequence's last position has no next token: its first stands there, and does not count.
+    `a1q.distill.head.Head` answers the same from states, tile by tile.
+
+    Args:
+        logits: [B, L, V]; computed on in float32, or in float64 as they are.
+        index: int64 [B, L, I].
     """
     import torch
 
-    following = torch.cat([batch.tokens[:, 1:], batch.tokens[:, :1]], dim=1).unsqueeze(-1)
-    return torch.cat([batch.ids, batch.negatives, following], dim=-1)
+    logits = logits.float() if logits.dtype != torch.float64 else logits
+    partition, picked = _partition_and_picked()(logits, index, temperatures[0])
+    return (partition, *(torch.logsumexp(logits / t, dim=-1) for t in temperatures[1:])), picked
+
+
+def asked_of(batch: TeacherBatch) -> Tensor:
+    """The ids [B, L, K + R + 1] whose logits the loss asks for: the top-k, the negatives, the next token."""
+    import torch
+
+    return torch.cat([batch.ids, batch.negatives, following(batch.tokens)], dim=-1)
+
+
+def following(tokens: Tensor) -> Tensor:
+    """The next token [B, L, 1] of every position of [B, L].
+
+    A sequence's last position has none: its first token stands there, and does not count.
+    """
+    return tokens.roll(-1, dims=1).unsqueeze(-1)
 
 
 def loss_of(
@@ -132,14 +149,40 @@ def loss_of(
     top, negatives, target = picked.split([kept, sampled, 1], dim=-1)
     student_top, student_negatives = top / temperature - partition, negatives / temperature - partition
     kl = temperature**2 * _divergences(batch, terms, student_top, student_negatives).mean()
+    return total_of(kl, partitions[-1], top[..., 0], target[..., 0], terms)
+
+
+def total_of(
+    kl: Tensor, partition: Tensor, top1: Tensor, target: Tensor, terms: Terms, counts: Tensor | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss and its detached terms, of the divergence with its T² and of what hard labels need to know.
+
+    Args:
+        partition: the student's logsumexp(logits) [B, L]; looked at where hard labels count.
+        top1: its logit [B, L] of the teacher's most probable token.
+        target: its logit [B, L] of the next token; the last position's does not count.
+        counts: bool [B, L], the positions whose next token counts (`next_token_loss`); None for all.
+    """
     loss, found = kl, {"kl": kl}
     if terms.hard_top1:
-        found["hard_top1"] = (partitions[-1] - top[..., 0]).mean()
+        found["hard_top1"] = cross_entropy(partition, top1)
         loss = loss + terms.hard_top1 * found["hard_top1"]
     if terms.hard_full:
-        found["hard_full"] = (partitions[-1] - target[..., 0])[:, :-1].mean()
+        found["hard_full"] = next_token_loss(partition, target, counts)
         loss = loss + terms.hard_full * found["hard_full"]
     return loss, {name: term.detach() for name, term in found.items()}
+
+
+def next_token_loss(partition: Tensor, target: Tensor, counts: Tensor | None = None) -> Tensor:
+    """Mean cross-entropy with the next token, in nats, over the positions that have one.
+
+    Args:
+        partition: logsumexp(logits) [B, L].
+        target: the logit [B, L] of the next token (`following`).
+        counts: bool [B, L]: position t counts, so the prediction of token t + 1; None for all but the last, which never
+            does.
+    """
+    return cross_entropy(partition[:, :-1], target[:, :-1], None if counts is None else counts[:, :-1])
 
 
 def _divergences(batch: TeacherBatch, terms: Terms, student_top: Tensor, student_negatives: Tensor) -> Tensor:
@@ -148,14 +191,14 @@ def _divergences(batch: TeacherBatch, terms: Terms, student_top: Tensor, student
 
     teacher_top, teacher_negatives = _teacher_log_probs(batch, terms.temperature, student_top, student_negatives)
     if terms.tail == "candidates":
-        return _sum_kl(torch.log_softmax(teacher_top, dim=-1), torch.log_softmax(student_top, dim=-1))
+        return kl(torch.log_softmax(teacher_top, dim=-1), torch.log_softmax(student_top, dim=-1))
     if terms.tail == "bucket":
-        found = _sum_kl(teacher_top, student_top)
+        found = kl(teacher_top, student_top)
         return found + _bucket(teacher_top, student_top) if batch.ids.shape[-1] < batch.vocabulary else found
-    found = _sum_divergence(teacher_top, student_top)
+    found = partial_kl(teacher_top, student_top)
     if teacher_negatives is None:
         return found
-    return found + batch.negative_weight * _sum_divergence(teacher_negatives, student_negatives)
+    return found + batch.negative_weight * partial_kl(teacher_negatives, student_negatives)
 
 
 def _teacher_log_probs(
@@ -180,17 +223,6 @@ def _teacher_log_probs(
             partition = torch.logaddexp(partition, rest + ratio)
     partition = partition.unsqueeze(-1)
     return top - partition, None if negatives is None else negatives - partition
-
-
-def _sum_kl(teacher: Tensor, student: Tensor) -> Tensor:
-    """sum p log(p/q) over the last dimension, from log-probabilities."""
-    return (teacher.exp() * (teacher - student)).sum(dim=-1)
-
-
-def _sum_divergence(teacher: Tensor, student: Tensor) -> Tensor:
-    """sum of p log(p/q) - p + q over the last dimension, from log-probabilities."""
-    p = teacher.exp()
-    return (p * (teacher - student) - p + student.exp()).sum(dim=-1)
 
 
 def _remaining_mass(top: Tensor) -> Tensor:

@@ -10,13 +10,11 @@ import torch
 from numpy import ndarray
 from torch import Tensor, nn
 
+from a1q.distill.divergence import precise_kl
 from a1q.models.blocks import BlockStream
 from a1q.quant.fitter import class_for
 from a1q.quant.importance import Inputs
 from a1q.quant.module import naming
-
-SMALL = 0.5
-"""Below this difference of log-probabilities the series of e^d is better than the difference of two probabilities."""
 
 
 class Divergences:
@@ -97,17 +95,11 @@ class Divergences:
 
 
 def divergence(before: Tensor, after: Tensor) -> float:
-    """Σ over positions of KL(before || after) from logits [b, L, V].
-
-    Σ p (log p - log q) loses small divergences in rounding, as terms of both signs cancel to second order. As p and q
-    both sum to one, it is also Σ (q - p - p log(q / p)), whose terms are all positive.
-    """
+    """Σ over positions of KL(before || after) from logits [b, L, V]."""
     total = 0.0
     for old, new in zip(before, after, strict=True):
         log_p, log_q = (torch.log_softmax(logits.float(), dim=-1) for logits in (old, new))
-        p, d = log_p.exp(), log_q - log_p
-        terms = torch.where(d.abs() < SMALL, p * (torch.expm1(d) - d), log_q.exp() - p - p * d)
-        total += terms.sum(-1).cpu().double().sum().item()  # Metal has no float64
+        total += precise_kl(log_p, log_q).cpu().double().sum().item()  # Metal has no float64
     return total
 
 

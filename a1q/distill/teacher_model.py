@@ -58,3 +58,10 @@ def find_teacher(cache: Artifact, near: Artifact | None = None) -> Path:
     if found.digest != noted["digest"]:
         raise MismatchError([Problem(f"the teacher behind the cache, {source}, has changed since", hint=hint)])
     return found.path
+
+
+def load_teacher(cache: Artifact, near: Artifact | None, device: Any) -> Any:
+    """The model behind a teacher cache, in evaluation mode, on `device`. Arguments and errors as `find_teacher`."""
+    from a1q.models.checkpoint import load_model
+
+    return load_model(find_teacher(cache, near), device=device)

@@ -39,7 +39,7 @@ class BlockStream:
         """
         self._model = model
         self._decoder = model.base_model
-        self.names, self._blocks = _decoder_layers(model)
+        self.names, self._blocks = decoder_layers(model)
         self.device = next(model.parameters()).device
         starts = range(0, len(tokens), batch_size)
         self._ids = [torch.from_numpy(tokens[start : start + batch_size].astype("int64")) for start in starts]
@@ -49,7 +49,7 @@ class BlockStream:
     def run(self, index: int, hidden: Tensor, number: int) -> Tensor:
         """The output [b, L, hidden] of layer `index` for `hidden` in the place of batch `number`; differentiable."""
         positional, named = self._arguments[len(self._ids[number])][index]
-        return _states(self._blocks[index](hidden.to(self.device), *positional, **named))
+        return states_of(self._blocks[index](hidden.to(self.device), *positional, **named))
 
     def advance(self, index: int, progress: Callable[[int], None] = lambda done: None) -> None:
         """Put the output of layer `index` in the place of its input, `hidden`.
@@ -100,7 +100,7 @@ class BlockStream:
         return first[0].cpu()
 
 
-def _decoder_layers(model: Any) -> tuple[list[str], list[nn.Module]]:
+def decoder_layers(model: Any) -> tuple[list[str], list[nn.Module]]:
     """Names and modules of the decoder layers: the first list of as many modules as the config says."""
     count = model.config.num_hidden_layers
     for name, module in model.named_modules():
@@ -125,6 +125,6 @@ def _replaced(blocks: list[nn.Module], stand_in: Callable[..., Tensor]) -> Itera
             del block.forward
 
 
-def _states(output: Any) -> Tensor:
+def states_of(output: Any) -> Tensor:
     """The hidden states in what a layer returns, in some families the first of several things."""
     return output[0] if isinstance(output, tuple) else output

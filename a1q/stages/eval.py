@@ -118,9 +118,8 @@ def _load_teacher(ctx: StageContext, model: Artifact, device: Any) -> Any:
     Raises:
         MismatchError: if it isn't found unchanged, or speaks about other tokens than `model`.
     """
-    from a1q.distill.teacher_model import find_teacher
+    from a1q.distill.teacher_model import load_teacher
     from a1q.distill.tokenizers import tokenizer_digest
-    from a1q.models.checkpoint import load_model
 
     cache = ctx.inputs.get("teacher")
     if cache is None:
@@ -128,4 +127,4 @@ def _load_teacher(ctx: StageContext, model: Artifact, device: Any) -> Any:
     if tokenizer_digest(model.path) != cache.meta["tokenizer"]:
         message = "the model's tokenizer is not the one that the teacher cache was made with"
         raise MismatchError([Problem(message, path=f"stages.{ctx.id}.against")])
-    return load_model(find_teacher(cache, ctx.inputs.get("teacher_model")), device=device)
+    return load_teacher(cache, ctx.inputs.get("teacher_model"), device)

@@ -69,6 +69,8 @@ class KdStage(Stage):
                 "random_negatives": cache.random_negatives,
                 "sequences": cache.sequences,
                 "tune_sequences": cache.tune_sequences,
+                "parameters": teacher.parameters,
+                "config": teacher.config,
             },
             disk_bytes=size,
             memory_bytes=4 * teacher.parameters + 3 * 4 * ctx.config.batch * length * vocabulary,

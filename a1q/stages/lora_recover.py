@@ -18,6 +18,7 @@ from a1q.training.planning import (
     check_teacher,
     checkpoint_note,
     listed,
+    online_bytes,
     quantized_targets,
     weight_count,
 )
@@ -34,6 +35,7 @@ class LoraRecoverConfig:
 
     statistics: str | None
     objective: Objective
+    teacher_model: Any
     rank: int
     alpha: float | None
     dropout: float
@@ -94,6 +96,7 @@ class LoraRecoverStage(Stage):
             kept = 0
         # frozen quantized weights, kept for the backward pass; adapters with gradient, moments and best; the latents
         memory = 4 * view.parameters + 8 * weight_count(targets.values()) + 20 * adapters
+        memory += online_bytes(view, config.objective, config.batch, ctx.views.get("teacher"))
         memory += activation_bytes(view, config.batch, ctx.views.get("teacher"))
         return Outcome(
             view=view,
@@ -114,6 +117,7 @@ class LoraRecoverStage(Stage):
             StageError, MismatchError, Interrupted: as `train`.
         """
         from a1q.distill.cache import TeacherCache
+        from a1q.distill.teacher_model import load_teacher
         from a1q.models.checkpoint import load_model, save_model
         from a1q.quant.module import quantized_modules
         from a1q.training.adapters import save_peft_adapter
@@ -138,6 +142,7 @@ class LoraRecoverStage(Stage):
             ctx.runtime,
             ctx.seed,
             config.evaluate_sequences,
+            load_teacher(teacher, ctx.inputs.get("teacher_model"), device) if config.objective.online else None,
         )
         if objective.held_out() is None:
             raise StageError("the teacher cache has no held-out part to judge a recovery by: raise `tune_sequences`")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from a1q.engine.stage import Outcome, PlanContext, Stage, StageContext
 from a1q.errors import StageError
 from a1q.models.view import ModelView, ModuleView
+from a1q.training.width import tiled
 
 if TYPE_CHECKING:
     import numpy
@@ -72,6 +73,7 @@ class PretrainConfig:
 class PretrainStage(Stage):
     """Tokenizer, then model, both from the train side; the test side is read once, at the end."""
 
+    version = 2
     Config = PretrainConfig
 
     def plan(self, ctx: PlanContext) -> Outcome:
@@ -88,7 +90,9 @@ class PretrainStage(Stage):
             config.steps * config.batch.sequences * config.batch.accumulate * _seq_len(ctx.data[config.data].config)
         )
         step_tokens = config.batch.sequences * _seq_len(ctx.data[config.data].config)
-        activations = 4 * step_tokens * (config.tokenizer.vocab * 3 + shape.num_hidden_layers * shape.hidden_size * 40)
+        # logits, their gradient and the softmax on the way; or the states' gradients where they are made tile by tile
+        head = 3 * (shape.hidden_size if tiled(step_tokens, config.tokenizer.vocab) else config.tokenizer.vocab)
+        activations = 4 * step_tokens * (head + shape.num_hidden_layers * shape.hidden_size * 40)
         return Outcome(
             view=view,
             disk_bytes=4 * view.parameters * 7,  # the model, and two checkpoints with both of Adam's moments
@@ -110,8 +114,9 @@ class PretrainStage(Stage):
         from a1q.data import documents, token_sequences
         from a1q.data.bpe import train_tokenizer
         from a1q.models.checkpoint import save_model
-        from a1q.training.device import autocast, prepare_torch
+        from a1q.training.device import prepare_torch
         from a1q.training.loop import LoopSpec, run_loop
+        from a1q.training.step_loss import NextTokenLoss
 
         config: PretrainConfig = ctx.config
         entry = ctx.data[config.data]
@@ -135,12 +140,11 @@ class PretrainStage(Stage):
         state = dict(model.named_parameters())
 
         batches = Batches(train, config.batch.sequences, ctx.seed)
+        next_token_loss = NextTokenLoss(model, ctx.runtime)
 
         def loss_of(step: int, micro: int) -> tuple[torch.Tensor, dict[str, float]]:
             tokens = torch.from_numpy(batches(step * config.batch.accumulate + micro)).long().to(device)
-            with autocast(ctx.runtime):
-                loss = next_token_loss(model, tokens)
-            return loss, {"tokens": float(tokens.numel())}
+            return next_token_loss(tokens), {"tokens": float(tokens.numel())}
 
         def evaluate() -> float:
             return mean_loss(model, tune)
@@ -238,24 +242,18 @@ class Batches:
         return self.starts[epoch]
 
 
-def next_token_loss(model: Any, tokens: Any) -> Any:
-    """Mean cross-entropy, in nats, of every token after the first of each row; tokens int64 [rows, seq_len]."""
-    import torch.nn.functional as F
-
-    logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
-    return F.cross_entropy(logits.reshape(-1, logits.shape[-1]).float(), tokens[:, 1:].reshape(-1))
-
-
 def mean_loss(model: Any, sequences: numpy.ndarray) -> float:
     """Mean next-token loss over sequences int32 [n, seq_len], in nats per token."""
     import torch
 
-    total = 0.0
+    from a1q.training.step_loss import NextTokenLoss
+
+    loss_of, total = NextTokenLoss(model), 0.0
     model.eval()
     with torch.inference_mode():
         for start in range(0, len(sequences), TEST_BATCH):
             tokens = torch.from_numpy(sequences[start : start + TEST_BATCH]).long().to(model.device)
-            total += next_token_loss(model, tokens).item() * len(tokens)
+            total += loss_of(tokens).item() * len(tokens)
     model.train()
     return total / len(sequences)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 from a1q.engine.stage import Outcome, PlanContext, Stage, StageContext
 from a1q.quant.bits import disk_bytes
@@ -14,6 +15,7 @@ from a1q.training.planning import (
     check_teacher,
     checkpoint_note,
     listed,
+    online_bytes,
     quantized_targets,
     trained_count,
     weight_count,
@@ -36,6 +38,7 @@ class TrainConfig:
     """See schemas/stages/train.json."""
 
     objective: Objective
+    teacher_model: Any
     steps: int
     batch: BatchConfig
     lr: LearningRates
@@ -84,6 +87,7 @@ class TrainStage(Stage):
         # moments and the best so far
         memory = 4 * view.parameters + count * (28 if weights else 8)
         memory += 4 * trained * (config.ema is not None)
+        memory += online_bytes(view, config.objective, config.batch, ctx.views.get("teacher"))
         memory += activation_bytes(view, config.batch, ctx.views.get("teacher"), config.recompute)
         view = view.replace({name: dataclasses.replace(module, latent=weights) for name, module in targets.items()})
         return Outcome(
@@ -106,6 +110,7 @@ class TrainStage(Stage):
             Interrupted: at SIGINT or SIGTERM, after a checkpoint.
         """
         from a1q.distill.cache import TeacherCache
+        from a1q.distill.teacher_model import load_teacher
         from a1q.models.checkpoint import load_model, save_model
         from a1q.quant.module import quantized_modules
         from a1q.training.device import prepare_torch, recompute_layers
@@ -138,6 +143,7 @@ class TrainStage(Stage):
             ctx.runtime,
             ctx.seed,
             config.evaluate_sequences,
+            load_teacher(teacher, ctx.inputs.get("teacher_model"), device) if config.objective.online else None,
         )
         model.train()
         if config.recompute:

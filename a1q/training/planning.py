@@ -12,7 +12,8 @@ from a1q.engine.stage import PlanContext
 from a1q.models.view import DENSE, QUANTIZED, SNAPPED, ModelView, ModuleView
 from a1q.quant.build import make_scheme
 from a1q.training.checkpoint import KEPT
-from a1q.training.distillation import BatchConfig, Objective, tiled
+from a1q.training.distillation import BatchConfig, Objective, stream_problem
+from a1q.training.width import tiled
 
 
 def quantized_targets(ctx: PlanContext, view: ModelView, groups: Sequence[str] | None) -> dict[str, ModuleView]:
@@ -42,14 +43,25 @@ def quantized_targets(ctx: PlanContext, view: ModelView, groups: Sequence[str] |
 
 
 def check_teacher(ctx: PlanContext, objective: Objective, view: ModelView) -> None:
-    """Record why the planned teacher cache can't serve this objective and student."""
+    """Record why the objective contradicts itself, or the planned teacher cache can't serve it and this student."""
+    if objective.online and objective.tail != "negatives":
+        message = f"`tail: {objective.tail}` is about a cached teacher; online, the whole vocabulary counts"
+        ctx.recipe_problem("objective.tail", message, "leave `tail` out")
+    if objective.local and not objective.online:
+        message = "the cache has no hidden states to compare with; they are those of a teacher that runs along"
+        ctx.recipe_problem("objective.local", message, "put `online: true` beside it")
     teacher = ctx.views.get("teacher")
     if not teacher:
         return
-    rest = teacher.get("vocabulary", 0) - teacher.get("top_k", 0)
-    problem = tail_problem(objective.tail, objective.temperature, teacher.get("random_negatives", 1), rest)
-    if problem:
-        ctx.recipe_problem("objective.tail", problem, "cache some (`random_negatives: 128`) or use `tail: bucket`")
+    if not objective.online:
+        rest = teacher.get("vocabulary", 0) - teacher.get("top_k", 0)
+        problem = tail_problem(objective.tail, objective.temperature, teacher.get("random_negatives", 1), rest)
+        if problem:
+            ctx.recipe_problem("objective.tail", problem, "cache some (`random_negatives: 128`) or use `tail: bucket`")
+    elif objective.local and teacher.get("config"):
+        problem = stream_problem(view.config, teacher["config"])
+        if problem:
+            ctx.mismatch("objective.local", f"hidden states are compared layer by layer, and {problem}")
     vocabulary, own = teacher.get("vocabulary"), view.config.get("vocab_size")
     if vocabulary and own and vocabulary != own:
         ctx.mismatch("objective.kd", f"the teacher's vocabulary is {vocabulary}, the student's {own}")
@@ -82,6 +94,21 @@ def trained_count(modules: Iterable[ModuleView], sets: Sequence[str]) -> int:
         total += sum(math.prod(shapes[part]) for part in parts)
         total += weight_count([module]) if "weights" in sets else 0
     return total
+
+
+def online_bytes(view: ModelView, objective: Objective, batch: BatchConfig, teacher: Any) -> int:
+    """Rough bytes that a teacher adds which runs along, fp32: its parameters, the activations of one of its layers, its
+    logits; with `local` the hidden states of both and their differences."""
+    if not objective.online:
+        return 0
+    known, tokens = teacher or {}, batch.sequences * (teacher or {}).get("seq_len", 0)
+    config = known.get("config") or view.config
+    hidden, vocabulary = config.get("hidden_size", 0), view.config.get("vocab_size", 0)
+    inside = 8 * hidden + 3 * config.get("intermediate_size", 0)
+    # logits, probabilities and what is summed of both; or states alone
+    head = hidden if tiled(tokens, vocabulary) else 4 * vocabulary
+    streams = 2 * config.get("num_hidden_layers", 0) * hidden if objective.local else 0
+    return 4 * (known.get("parameters", view.parameters) + tokens * (inside + head + streams))
 
 
 def activation_bytes(view: ModelView, batch: BatchConfig, teacher: Any, recompute: bool = False) -> int:

@@ -1,8 +1,9 @@
 """Train the quantized modules of one decoder layer until its output is what the layer's was before.
 
-The loss is  Σ δᵀ M δ / Σ cᵀ M c,  with δ the difference of the layer's outputs, c what the layer adds to its input, and
-M = E[g gᵀ] where calibration measured gradients: to second order δᵀ M δ / 2 is the KL that δ costs (as in BRECQ, Li et
-al., 2021, arXiv:2102.05426, with the whole matrix in place of its diagonal). Without gradients M is the identity.
+The loss is  Σ δᵀ M δ / Σ cᵀ M c  (`a1q.distill.local.relative_error`), with δ the difference of the layer's outputs,
+c what the layer adds to its input, and M = E[g gᵀ] where calibration measured gradients: to second order δᵀ M δ / 2 is
+the KL that δ costs (as in BRECQ, Li et al., 2021, arXiv:2102.05426, with the whole matrix in place of its diagonal).
+Without gradients M is the identity.
 """
 
 from __future__ import annotations
@@ -76,6 +77,7 @@ def reconstruct(
     """
     import torch
 
+    from a1q.distill.local import relative_error
     from a1q.quant.module import quantized_modules
     from a1q.training.device import autocast
     from a1q.training.loop import LoopSpec, run_loop
@@ -101,10 +103,9 @@ def reconstruct(
         number = int(torch.randint(len(targets), ()))  # the loop seeds the generator for every step
         with autocast(ctx.runtime):
             output = stream.run(index, stream.hidden[number], number)
-        difference = output.float() - targets[number].to(output.device).float()
-        loss = (difference @ root).square().sum(-1).mean() / max(scale, math.ulp(0.0))
+        loss = relative_error(output, targets[number], max(scale, math.ulp(0.0)), root)
         recent.append(float(loss.detach()))
-        return loss, {"tokens": difference.shape[0] * difference.shape[1]}
+        return loss, {"tokens": output.shape[0] * output.shape[1]}
 
     spec = LoopSpec(
         steps=options.steps,

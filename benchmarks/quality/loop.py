@@ -1,6 +1,6 @@
 """The one distillation loop that every trained method runs, whatever it quantizes with.
 
-It needs torch, and `a1q.training.schedule`, which needs nothing, so that the peers' environment can import it with the
+It needs torch, and two modules of a1q that need nothing else, so that the peers' environment can import it with the
 root of the repository on its path.
 """
 
@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import kl_div, log_softmax
+from torch.nn.functional import log_softmax
 
+from a1q.distill.divergence import kl
 from a1q.training.schedule import learning_rate_factor
 
 
@@ -64,7 +65,7 @@ def distill(
         with torch.no_grad():
             target = log_softmax(teacher(input_ids=ids, use_cache=False).logits.float(), dim=-1)
         answer = log_softmax(student(input_ids=ids, use_cache=False).logits.float(), dim=-1)
-        loss = kl_div(answer, target, reduction="sum", log_target=True) / ids.numel()
+        loss = kl(target, answer).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(wanted, clip)

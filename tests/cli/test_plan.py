@@ -6,7 +6,7 @@ import re
 import pytest
 
 from a1q.recipe import shipped_recipes
-from tests.cli.support import a1q
+from tests.cli.support import a1q, process
 from tests.cli.test_validate import loaded_by
 from tests.recipe.fakes import header_model
 
@@ -50,10 +50,44 @@ def test_json_tells_modules_and_costs(model):
     stages = {stage["id"]: stage for stage in document["stages"]}
     assert len(stages["q4"]["modules"]["mlp"]) == 12
     assert len(stages["q4"]["modules"]["attn"]) == 16
-    assert stages["q2_train"]["inputs"] == {"model": "q2", "teacher": "teacher"}
+    assert stages["q2_train"]["inputs"] == {"model": "q2", "teacher": "teacher", "teacher_model": "model"}
     assert document["disk"]["expected"] == sum(stage["disk_bytes"] for stage in stages.values()) > 0
     assert document["memory"]["expected"] == max(stage["memory_bytes"] for stage in stages.values()) > 0
     assert document["disk"]["free"] > 0
+
+
+CONTRADICTING = """\
+a1q: 1
+name: contradicting
+data:
+  text: {source: TEXT, seq_len: 16}
+groups:
+  mlp: {match: 'model\\.layers\\.\\d+\\.mlp\\.(gate|up|down)_proj'}
+stages:
+  - kd: {data: text, cache: {random_negatives: 8}}
+  - quantize: {rules: {mlp: {scheme: lut_lowrank, bits: 2}}}
+  - train:
+      objective:
+        kd: kd
+        local: 0.1
+  - id: second
+    from: quantize
+    train:
+      objective:
+        kd: kd
+        online: true
+        tail: bucket
+"""
+
+
+def test_objectives_that_contradict_themselves_are_refused_at_their_lines(model, tmp_path):
+    (tmp_path / "text.jsonl").write_text('{"text": "some text"}\n' * 4)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(CONTRADICTING.replace("TEXT", str(tmp_path / "text.jsonl")))
+    result = process("plan", path, "--set", f"model.source={model}", home=tmp_path / "home")
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert f"{path}:13:16: stages.train.objective.local: the cache has no hidden states" in result.stderr
+    assert f"{path}:20:15: stages.second.objective.tail: `tail: bucket` is about a cached teacher" in result.stderr
 
 
 def test_smoke_plans_the_tiny_run(model):

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from a1q.distill import head as module
+from a1q.distill import tiles
 from a1q.distill.head import Head, head_of
 from a1q.distill.losses import Terms, asked_of, kd_loss, loss_of
 from a1q.quant.embedding import QuantEmbedding
@@ -30,8 +31,8 @@ each_term = pytest.mark.parametrize("terms", TERMS, ids=lambda terms: "-".join(m
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """Many tiles, the last one shorter."""
-    monkeypatch.setattr(module, "TILE", 1)
-    monkeypatch.setattr(module, "ROWS", (16, 16))
+    monkeypatch.setattr(tiles, "TILE", 1)
+    monkeypatch.setattr(tiles, "ROWS", (16, 16))
     monkeypatch.setattr(module, "PAIRS", 5)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from a1q.distill.cache import TeacherCache
 from a1q.engine.artifact import Artifact
 from a1q.engine.stage import PlanContext, StageContext
 from a1q.models.checkpoint import load_model
@@ -15,7 +16,8 @@ from a1q.quant.calibration import measure_statistics
 from a1q.quant.linear import quantized_modules
 from a1q.stages.lora_recover import LoraRecoverStage
 from tests.stages.test_train import view
-from tests.training.student import GROUPS, KILLED, build, read_tensors, run_stage, stage_config, stage_context
+from tests.tiny import tiny_model
+from tests.training.student import GROUPS, KILLED, TUNE, build, read_tensors, run_stage, stage_config, stage_context
 
 TOKENS = torch.arange(40).reshape(2, 20) * 7 % 320
 
@@ -64,6 +66,21 @@ def test_plain_peft_computes_the_same_over_the_exported_folder(tmp_path: Path, i
     assert not torch.allclose(adapted, without, atol=1e-3)
     config = json.loads((ctx.out / "adapter" / "adapter_config.json").read_text())
     assert config["target_modules"] == sorted(config["target_modules"]) and len(config["target_modules"]) == 14
+
+
+@pytest.mark.parametrize("merge", ["adapter", "refit"])
+def test_beside_the_teacher_itself(tmp_path: Path, inputs: dict[str, Artifact], merge: str) -> None:
+    """PEFT's wrappers and the hooks on layers leave each other alone, and held-out figures are exact."""
+    objective = {"kd": "teacher", "online": True, "local": 0.1}
+    ctx = recover(tmp_path, inputs, merge=merge, lr=1e-2, steps=6, refit_steps=3, objective=objective)
+    assert ctx.metrics["kl_adapter"] < ctx.metrics["kl_before"]
+    tokens = TeacherCache(inputs["teacher"].path).batch(range(TUNE), "tune").tokens
+    with torch.no_grad():
+        teacher, student = (
+            model(tokens).logits.double().log_softmax(-1) for model in (tiny_model(), load_model(ctx.out))
+        )
+    name = {"adapter": "kl_adapter", "refit": "kl_before" if ctx.metrics.get("kept") == "before" else "kl_refit"}[merge]
+    assert ctx.metrics[name] == pytest.approx(float((teacher.exp() * (teacher - student)).sum(-1).mean()), rel=1e-4)
 
 
 def test_refit_merges_for_good_or_keeps_the_model(tmp_path: Path, inputs: dict[str, Artifact]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from a1q.distill.cache import TeacherCache
 from a1q.engine.artifact import Artifact
 from a1q.engine.stage import PlanContext, StageContext
 from a1q.errors import Interrupted, MismatchError
@@ -15,7 +16,8 @@ from a1q.models.checkpoint import load_model
 from a1q.models.view import ModelView, ModuleView
 from a1q.quant.linear import quantized_modules
 from a1q.stages.train import TrainStage
-from tests.training.student import GROUPS, build, read_tensors, run_stage, stage_config, stage_context
+from tests.tiny import tiny_model
+from tests.training.student import GROUPS, TUNE, build, read_tensors, run_stage, stage_config, stage_context
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +88,27 @@ def test_layers_computed_again_give_the_same_bits(
     assert twice == 2 * once
     assert tensors.keys() == others.keys()
     assert all(torch.equal(tensor, others[name]) for name, tensor in tensors.items())
+
+
+def test_beside_the_teacher_itself(tmp_path: Path, inputs: dict[str, Artifact]) -> None:
+    """Training lowers the held-out KL, which is exact, and a second run gives the same bytes."""
+    objective = {"kd": "teacher", "online": True, "local": 0.1, "temperature": 2.0}
+    options = {"objective": objective, "steps": 20, "batch": {"sequences": 8}, "recompute": True}
+    first, second = (train(tmp_path / name, inputs, **options) for name in ("first", "second"))
+    assert first.metrics["kl_after"] < 0.9 * first.metrics["kl_before"]
+    tokens = TeacherCache(inputs["teacher"].path).batch(range(TUNE), "tune").tokens
+    models = (tiny_model(), load_model(first.out))
+    with torch.no_grad():
+        p, q = (model(input_ids=tokens).logits.double().log_softmax(-1) for model in models)
+    assert first.metrics["kl_after"] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-4)
+    assert (first.out / "model.safetensors").read_bytes() == (second.out / "model.safetensors").read_bytes()
+
+
+def test_a_teacher_that_changed_is_refused(tmp_path: Path, inputs: dict[str, Artifact]) -> None:
+    other = {**inputs, "teacher_model": dataclasses.replace(inputs["teacher_model"], digest="x" * 64)}
+    with pytest.raises(MismatchError, match="has changed since"):
+        train(tmp_path, other, steps=1, objective={"kd": "teacher", "online": True})
+    train(tmp_path, other, steps=1)  # its cached answers are all the same
 
 
 def test_only_the_chosen_group_and_sets_change(tmp_path: Path, inputs: dict[str, Artifact]) -> None:
@@ -224,6 +247,35 @@ def test_plan_refuses_a_teacher_that_cannot_serve() -> None:
         ("objective.tail", "recipe"),
         ("objective.kd", "mismatch"),
     }
+
+
+def test_plan_of_a_teacher_that_runs_along() -> None:
+    teacher = {"vocabulary": 320, "seq_len": 16, "random_negatives": 0, "parameters": 70_000, "config": {}}
+    teacher["config"] = {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 96}
+    model = view(gate="quantized")
+    cached, _ = plan(model, {**teacher, "random_negatives": 8})
+    online, problems = plan(model, teacher, objective={"kd": "teacher", "online": True, "temperature": 2.0})
+    local, more = plan(model, teacher, objective={"kd": "teacher", "online": True, "local": 0.1})
+    assert problems == more == []
+    assert online.memory_bytes > cached.memory_bytes + 4 * 70_000
+    assert local.memory_bytes == online.memory_bytes + 4 * 16 * 16 * (2 * 2 * 64)
+    deeper = {**teacher, "config": {**teacher["config"], "num_hidden_layers": 3}}
+    _, problems = plan(model, deeper, objective={"kd": "teacher", "online": True, "local": 0.1})
+    assert [(path, kind) for path, _, _, kind in problems] == [("objective.local", "mismatch")]
+    assert "2 layers of width 64, the teacher 3 of 64" in problems[0][1]
+    assert plan(model, deeper, objective={"kd": "teacher", "online": True})[1] == []
+
+
+@pytest.mark.parametrize(
+    ("objective", "path", "hint"),
+    [
+        ({"online": True, "tail": "bucket"}, "objective.tail", "leave `tail` out"),
+        ({"local": 0.1}, "objective.local", "put `online: true` beside it"),
+    ],
+)
+def test_plan_refuses_an_objective_that_contradicts_itself(objective: dict[str, Any], path: str, hint: str) -> None:
+    _, problems = plan(view(gate="quantized"), objective={"kd": "teacher", **objective})
+    assert [(found, tip, kind) for found, _, tip, kind in problems] == [(path, hint, "recipe")]
 
 
 def test_planning_imports_no_torch() -> None:

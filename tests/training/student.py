@@ -33,7 +33,9 @@ SPEC = {"scheme": "lut_lowrank", "bits": 2, "rank": 1}
 SEQUENCES, TUNE, LENGTH = 96, 12, 16
 
 
-def build(folder: Path, latent: bool = True, spec: Mapping[str, Any] = SPEC) -> dict[str, Artifact]:
+def build(
+    folder: Path, latent: bool = True, spec: Mapping[str, Any] = SPEC, top_k: int = 32, random_negatives: int = 32
+) -> dict[str, Artifact]:
     """Write a 2-bit tiny model and a cache of the dense one's answers; the inputs of a stage that trains."""
     from a1q.distill.cache import DESCRIPTION, FORMAT
     from a1q.distill.teacher import write_shards
@@ -49,19 +51,31 @@ def build(folder: Path, latent: bool = True, spec: Mapping[str, Any] = SPEC) -> 
     tokens = np.random.default_rng(3).integers(320, size=(SEQUENCES + TUNE, LENGTH))
     parts = {"train": tokens[:SEQUENCES], "tune": tokens[SEQUENCES:]}
     names = write_shards(
-        tiny_model(), parts, folder=teacher, top_k=32, random_negatives=32, shard_sequences=16, batch=8, seed=1
+        tiny_model(),
+        parts,
+        folder=teacher,
+        top_k=top_k,
+        random_negatives=random_negatives,
+        shard_sequences=16,
+        batch=8,
+        seed=1,
     )
     description = {
         "format": FORMAT,
         "vocabulary": 320,
         "seq_len": LENGTH,
-        "top_k": 32,
-        "random_negatives": 32,
+        "top_k": top_k,
+        "random_negatives": random_negatives,
         "shard_sequences": 16,
         "parts": {part: {"sequences": len(parts[part]), "shards": names[part]} for part in parts},
     }
     (teacher / DESCRIPTION).write_text(json.dumps(description), encoding="utf-8")
-    return {"model": Artifact("model", quantized, "m" * 64), "teacher": Artifact("teacher", teacher, "t" * 64)}
+    known = {"teacher": {"source": str(dense), "revision": None, "digest": "d" * 64}}
+    return {
+        "model": Artifact("model", quantized, "m" * 64),
+        "teacher": Artifact("teacher", teacher, "t" * 64, known),
+        "teacher_model": Artifact("model", dense, "d" * 64),
+    }
 
 
 def stage_config(stage: str, options: Mapping[str, Any]) -> Any:

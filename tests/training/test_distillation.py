@@ -19,7 +19,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
 
 
 def distillation(inputs: dict[str, Artifact], **changes: Any) -> Distillation:
-    objective = Objective(**{"kd": "t", "temperature": 1.0, "hard_top1": 0.0, "hard_full": 0.0, "tail": "negatives"})
+    objective = Objective("t", 1.0, 0.0, 0.0, "negatives", False, 0.0)
     options = {"objective": objective, "batch": BatchConfig(5, 2), "evaluate_sequences": 100, **changes}
     options = {"runtime": Runtime(), **options}
     return Distillation(load_model(inputs["model"].path), TeacherCache(inputs["teacher"].path), seed=3, **options)
@@ -27,7 +27,7 @@ def distillation(inputs: dict[str, Artifact], **changes: Any) -> Distillation:
 
 def test_held_out_loss_is_near_the_full_kl_whatever_the_objective(inputs: dict[str, Artifact]) -> None:
     """In batches of 5 over 12 sequences, the last one smaller; the tail is estimated, so near."""
-    found = distillation(inputs, objective=Objective("t", 2.0, 0.5, 0.5, "bucket"))
+    found = distillation(inputs, objective=Objective("t", 2.0, 0.5, 0.5, "bucket", False, 0.0))
     tokens = found.cache.batch(range(TUNE), "tune").tokens
     with torch.no_grad():
         teacher, student = (model(tokens).logits.double().log_softmax(-1) for model in (tiny_model(), found.model))
@@ -38,13 +38,13 @@ def test_held_out_loss_is_near_the_full_kl_whatever_the_objective(inputs: dict[s
 @pytest.mark.parametrize("amp", ["no", "bf16"])
 def test_tile_by_tile_it_is_the_same(inputs: dict[str, Artifact], monkeypatch: pytest.MonkeyPatch, amp: str) -> None:
     """Loss, figures and gradients of a model whose logits are too many."""
-    objective = Objective("t", 2.0, 0.5, 0.5, "negatives")
+    objective = Objective("t", 2.0, 0.5, 0.5, "negatives", False, 0.0)
     runtime = Runtime(amp=amp)
     found = {}
     for name, wide in (("whole", 1 << 28), ("tiles", 0)):
-        monkeypatch.setattr("a1q.training.distillation.WIDE", wide)
+        monkeypatch.setattr("a1q.training.width.WIDE", wide)
         subject = distillation(inputs, objective=objective, runtime=runtime)
-        assert (subject._head() is not None) == (name == "tiles")
+        assert (subject.loss.heads() is not None) == (name == "tiles")
         loss, figures = subject.loss_of(0, 1)
         loss.backward()
         gradients = {name: part.grad for name, part in subject.model.named_parameters() if part.grad is not None}
@@ -63,17 +63,17 @@ def test_a_head_that_gets_an_adapter_is_looked_at_again(
 ) -> None:
     from a1q.training.adapters import attach_adapters
 
-    monkeypatch.setattr("a1q.training.distillation.WIDE", 0)
+    monkeypatch.setattr("a1q.training.width.WIDE", 0)
     found = distillation(inputs)
-    assert found._head() is not None
+    assert found.loss.heads() is not None
     attach_adapters(found.model, [name for name, _ in found.model.named_modules() if name == "lm_head"], 2, 2.0, 0.0)
-    assert found._head() is None
+    assert found.loss.heads() is None
 
 
 def test_micro_batches_walk_on(inputs: dict[str, Artifact], monkeypatch: pytest.MonkeyPatch) -> None:
     found = distillation(inputs)
     seen: list[list[int]] = []
-    monkeypatch.setattr(found, "_loss", lambda rows, part, **_: seen.append(rows))
+    monkeypatch.setattr(found, "_loss", lambda rows, part: seen.append(rows))
     for step in range(9):
         for micro in range(2):
             found.loss_of(step, micro)
@@ -83,6 +83,6 @@ def test_micro_batches_walk_on(inputs: dict[str, Artifact], monkeypatch: pytest.
 def test_a_cache_that_cannot_serve_is_refused(inputs: dict[str, Artifact]) -> None:
     cache = TeacherCache(inputs["teacher"].path)
     cache.meta = {**cache.meta, "random_negatives": 0}
-    objective = Objective("t", 2.0, 0.0, 0.0, "bucket")
+    objective = Objective("t", 2.0, 0.0, 0.0, "bucket", False, 0.0)
     with pytest.raises(StageError, match="needs random negatives"):
         Distillation(tiny_model(), cache, objective, BatchConfig(1, 1), Runtime(), 0, 1)

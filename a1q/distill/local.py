@@ -1,0 +1,62 @@
+"""How far hidden states are from what they should be, relative to their size: for layers by themselves and for all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def relative_error(
+    found: Tensor, wanted: Tensor, size: float | Tensor | None = None, root: Tensor | None = None
+) -> Tensor:
+    """Mean over positions of δᵀ M δ, δ = found - wanted, over `size`; computed in float32, or float64 of such states.
+
+    Args:
+        found: [..., H]; gets the gradient.
+        wanted: [..., H].
+        size: what the error is relative to; None for the mean of wᵀ M w, w = `wanted`.
+        root: R [H, H] with M = R Rᵀ; None for M = 1.
+    """
+    import torch
+
+    kind = torch.float64 if found.dtype == torch.float64 else torch.float32
+    wanted = wanted.to(found.device, kind)
+    error = _mean_square(found.to(kind) - wanted, root)
+    if size is None:
+        size = _mean_square(wanted, root).clamp_min(torch.finfo(kind).tiny)
+    return error / size
+
+
+def local_loss(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
+    """Mean over layers of `relative_error` of the hidden states behind each, [B, L, H]."""
+    errors = [relative_error(ours, theirs) for ours, theirs in zip(found, wanted, strict=True)]
+    return sum(errors[1:], errors[0]) / len(errors)
+
+
+@contextmanager
+def layer_outputs(model: Any, wanted: bool = True) -> Iterator[list[Tensor]]:
+    """The hidden states behind every decoder layer, in order, of the forward pass inside the block.
+
+    They are what the layer gives, before the final norm, and carry its gradient. A layer computed again in the backward
+    pass adds nothing. Where they are not wanted there are none.
+    """
+    from a1q.models.blocks import decoder_layers, states_of
+
+    found: list[Tensor] = []
+    hooks = [
+        layer.register_forward_hook(lambda _layer, _inputs, output: found.append(states_of(output)))
+        for layer in (decoder_layers(model)[1] if wanted else ())
+    ]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _mean_square(states: Tensor, root: Tensor | None) -> Tensor:
+    return (states if root is None else states @ root).square().sum(-1).mean()
