@@ -66,7 +66,7 @@ def _watch(processes: Sequence[subprocess.Popen[bytes]], say: Callable[[str], No
     """Wait until all have ended, and hurry them once one has."""
     first, lost = processes[0], False
     while first.poll() is None:
-        gone = [rank for rank, process in enumerate(processes) if process.poll() is not None]
+        gone = [rank for rank, process in enumerate(processes) if process.poll()]
         if gone and not lost:
             lost = True
             say(f"process {gone[0]} of {len(processes)} {_ending(processes[gone[0]].returncode)}")

@@ -46,6 +46,8 @@ class Runtime:
     """Autocast type: `no`, `bf16` or `fp16`."""
     params: str = "fp32"
     threads: int = 1
+    shard: bool = False
+    """Whether several processes split latent weights and their moments among them."""
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ def resolve_runtime(written: Mapping[str, Any]) -> Runtime:
     threads = written["threads"]
     if threads == "auto":
         threads = max(available_threads() // processes_per_machine(), 1)
-    return Runtime(device=device, amp=amp, params=written["params"], threads=threads)
+    return Runtime(device=device, amp=amp, params=written["params"], threads=threads, shard=written["shard"])
 
 
 def refusal(device: str) -> str:

@@ -64,6 +64,7 @@ class LoraRecoverStage(Stage):
     """
 
     version = 3
+    parallel = True
     Config = LoraRecoverConfig
 
     def plan(self, ctx: PlanContext) -> Outcome:
@@ -126,7 +127,7 @@ class LoraRecoverStage(Stage):
 
         config, source, teacher = ctx.config, ctx.inputs["model"], ctx.inputs["teacher"]
         assert source is not None and teacher is not None
-        device = prepare_torch(ctx.runtime, ctx.seed)
+        device = prepare_torch(ctx.runtime, ctx.seed, ctx.world)
         model = load_model(source.path, device=device)
         modules = dict(quantized_modules(model))
         selected = select_modules(modules, ctx.groups, config.groups)
@@ -151,9 +152,11 @@ class LoraRecoverStage(Stage):
         if config.merge == "refit":
             helped = _refit(ctx, objective, chosen, latents, identity)
             if not helped:
-                model = load_model(source.path)
-                save_model(model, ctx.out, tokenizer_from=source.path)
+                if ctx.world.leads:
+                    save_model(load_model(source.path), ctx.out, tokenizer_from=source.path)
                 return
+        if not ctx.world.leads:
+            return
         for name, latent in latents.items():
             if modules[name].latent is None:
                 modules[name].start_latent(latent)
@@ -185,6 +188,7 @@ def _train_adapters(
         spec=LoopSpec.of(config, ctx.seed, name="adapter", steps=config.steps),
         state=state,
         identity=identity,
+        together=objective.over(ctx.world, ctx.smoke),
     )
     trained = adapter_tensors(wrapped)
     wrapped.unload()
@@ -255,6 +259,7 @@ def _refit(
             spec=LoopSpec.of(config, ctx.seed, name="refit", steps=config.refit_steps),
             state=state,
             identity=identity,
+            together=objective.over(ctx.world, ctx.smoke),
         )
         assert result.best_tune is not None
         after = ctx.metrics["kl_refit"] = result.best_tune

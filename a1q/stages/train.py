@@ -67,6 +67,7 @@ class TrainStage(Stage):
     """
 
     version = 3
+    parallel = True
     Config = TrainConfig
 
     def plan(self, ctx: PlanContext) -> Outcome:
@@ -115,11 +116,11 @@ class TrainStage(Stage):
         from a1q.quant.module import quantized_modules
         from a1q.training.device import prepare_torch, recompute_layers
         from a1q.training.loop import LoopSpec, run_loop
-        from a1q.training.parameters import parameter_groups, select_modules, set_aside_latents
+        from a1q.training.parameters import latents, parameter_groups, select_modules, set_aside_latents
 
         config, source, teacher = ctx.config, ctx.inputs["model"], ctx.inputs["teacher"]
         assert source is not None and teacher is not None
-        device = prepare_torch(ctx.runtime, ctx.seed)
+        device = prepare_torch(ctx.runtime, ctx.seed, ctx.world)
         model = load_model(source.path, device=device)
         modules = dict(quantized_modules(model))
         chosen = select_modules(modules, ctx.groups, config.groups)
@@ -148,6 +149,8 @@ class TrainStage(Stage):
         model.train()
         if config.recompute:
             recompute_layers(model)
+        together = objective.over(ctx.world, ctx.smoke, state, latents(state) if ctx.runtime.shard else ())
+        groups, state = together.moved(groups, state)
         result = run_loop(
             ctx,
             parameter_groups=groups,
@@ -156,7 +159,11 @@ class TrainStage(Stage):
             spec=LoopSpec.of(config, ctx.seed),
             state=state,
             identity={"model": source.digest, "teacher": teacher.digest},
+            together=together,
         )
+        together.end()
+        if not ctx.world.leads:
+            return
         for name, latent in aside.items():
             if name not in chosen:
                 modules[name].start_latent(latent)

@@ -45,5 +45,10 @@ class Average:
             self._swap()
 
     def _swap(self) -> None:
-        for name, tensor in self._state.items():
-            tensor.data, self.tensors[name] = self.tensors[name], tensor.data
+        import torch
+
+        with torch.no_grad():
+            for name, tensor in self._state.items():
+                aside = tensor.detach().clone()
+                tensor.copy_(self.tensors[name])
+                self.tensors[name].copy_(aside)

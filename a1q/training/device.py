@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from a1q.engine.stage import Runtime
+from a1q.engine.world import ALONE, World
 from a1q.errors import MismatchError, Problem
 
 if TYPE_CHECKING:
@@ -29,11 +30,12 @@ def available_devices() -> list[str]:
     return found
 
 
-def prepare_torch(runtime: Runtime, seed: int) -> torch.device:
+def prepare_torch(runtime: Runtime, seed: int, world: World = ALONE) -> torch.device:
     """Set threads, seeds and deterministic algorithms for this process, and return the device to compute on.
 
     Raises:
-        MismatchError: if the device is not there; the message names those that are.
+        MismatchError: if the device is not there, or there are too few for all processes; the message names those that
+            are.
     """
     # cuBLAS reads this when its first handle is made; without it deterministic mode refuses matrix products.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -53,6 +55,12 @@ def prepare_torch(runtime: Runtime, seed: int) -> torch.device:
     torch.manual_seed(seed)
     numpy.random.seed(seed % 2**32)
     random.seed(seed)
+    if runtime.device == "cuda" and not world.alone:
+        count = torch.cuda.device_count()
+        if world.local_rank >= count:
+            raise MismatchError([Problem(f"this machine has {count} GPUs", hint=f"use `--launch {count}` at most")])
+        torch.cuda.set_device(world.local_rank)
+        return torch.device("cuda", world.local_rank)
     return torch.device(runtime.device)
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from a1q.distill.cache import TeacherCache
 from a1q.distill.losses import Terms, tail_problem
 from a1q.engine.stage import Runtime
-from a1q.errors import MismatchError, StageError
+from a1q.engine.world import ALONE, World
+from a1q.errors import MismatchError, Problem, StageError
 from a1q.models.view import PREPARED
 from a1q.training.batches import batch_rows
+from a1q.training.together import Replicas, Shards, Together, share_of
 from a1q.training.width import tiled
 
 if TYPE_CHECKING:
@@ -106,12 +108,49 @@ class Distillation:
             tiled=tiled(batch.sequences * cache.seq_len, cache.vocabulary),
             runtime=runtime,
         )
+        self.training_loss: Any = self.loss
+        self.world = ALONE
 
     def loss_of(self, step: int, micro: int) -> tuple[Tensor, dict[str, float]]:
         """Mean loss per token of one micro-batch."""
         count = self.batch.sequences
         start = (step * self.batch.accumulate + micro) * count
-        return self._loss(batch_rows(self.seed, start, count, self.cache.size("train")), "train")
+        rows = batch_rows(self.seed, start, count, self.cache.size("train"))
+        return self._loss(share_of(rows, self.world), "train")
+
+    def over(
+        self,
+        world: World,
+        smoke: bool = False,
+        state: Mapping[str, Tensor] | None = None,
+        split: Collection[str] = (),
+    ) -> Together:
+        """Let the processes of `world` share the work from now on; what trains must be in place.
+
+        Args:
+            smoke: a tiny batch may grow until all have a share.
+            state: what trains, by name.
+            split: names of those that the processes split among them; with none, every process holds all.
+
+        Raises:
+            MismatchError: if a micro-batch has too few sequences for all of them.
+        """
+        if world.alone:
+            return Together()
+        if smoke:
+            self.batch = BatchConfig(max(self.batch.sequences, world.size), self.batch.accumulate)
+        if self.batch.sequences < world.size:
+            message = f"`batch.sequences` is {self.batch.sequences}, and {world.size} processes share a micro-batch"
+            raise MismatchError([Problem(message, hint=f"at least {world.size}, or fewer processes (`--launch`)")])
+        self.world = world
+        if split:
+            assert state is not None
+            from a1q.models.blocks import decoder_layers
+
+            return Shards(world, self.model.base_model, decoder_layers(self.model)[1], dict(state), split, self.device)
+        replicas = Replicas(world, self.loss, self.device)
+        self.training_loss = replicas.module
+        return replicas
 
     def held_out(self) -> Callable[[], float] | None:
         """`evaluate`, or None where the cache has no held-out part."""
@@ -126,15 +165,21 @@ class Distillation:
         self.model.eval()
         total = tokens = 0.0
         with torch.no_grad():
-            for start in range(0, self.tune_rows, self.batch.sequences):
-                rows = list(range(start, min(start + self.batch.sequences, self.tune_rows)))
-                loss, figures = self._loss(rows, "tune")
-                total += float(loss) * figures["tokens"]
-                tokens += figures["tokens"]
+            size = self.batch.sequences
+            for start in range(0, self.tune_rows, size):
+                rows = list(range(start, min(start + size, self.tune_rows)))
+                own = share_of(rows, self.world)
+                # A forward pass may be something that all processes do together: those without a share do it too.
+                loss, figures = self._loss(own or rows[:1], "tune")
+                count = figures["tokens"] if own else 0.0
+                total += float(loss) * count
+                tokens += count
         self.model.train(training)
+        total, tokens = self.world.sums([total, tokens])
         return total / tokens
 
     def _loss(self, rows: list[int], part: str) -> tuple[Tensor, dict[str, float]]:
         batch = self.cache.batch(rows, part, self.device)
-        loss, terms = self.loss(batch, held_out=part == "tune")
+        loss_of = self.training_loss if part == "train" else self.loss
+        loss, terms = loss_of(batch, held_out=part == "tune")
         return loss, {"tokens": float(batch.tokens.numel()), **{name: float(term) for name, term in terms.items()}}

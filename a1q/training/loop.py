@@ -15,11 +15,13 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from a1q.engine.stage import StageContext
+from a1q.engine.world import peers
 from a1q.errors import Interrupted, StageError
 from a1q.training.average import Average
 from a1q.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from a1q.training.device import grad_scaler, machine_identity
 from a1q.training.schedule import learning_rate_factor
+from a1q.training.together import Together
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -133,6 +135,7 @@ def run_loop(
     spec: LoopSpec,
     state: Mapping[str, Tensor],
     identity: Mapping[str, Any],
+    together: Together | None = None,
 ) -> LoopResult:
     """Train the tensors of `state` in place, or go on from the checkpoint that a killed run left in `ctx.scratch`.
 
@@ -142,14 +145,17 @@ def run_loop(
         evaluate: the held-out loss; called without gradients before the first step, every `evaluate_every` steps and
             at the end.
         state: every trained parameter by name; all that a checkpoint must hold.
-        identity: JSON values that must be equal for a resume, besides machine, threads and shapes.
+        identity: JSON values that must be equal for a resume, besides machine, threads, processes and shapes.
+        together: how several processes train; each of them calls this, and `loss_of` and `evaluate` with it.
 
     Raises:
+        PeerLost: if another of these processes has ended.
         StageError: if too many steps in a row have no finite loss or gradient, or the disk is full.
         MismatchError: if a checkpoint exists that was written under another identity.
         Interrupted: at SIGINT or SIGTERM, after a checkpoint.
     """
-    return _Loop(ctx, parameter_groups, loss_of, evaluate, spec, state, identity).run()
+    loop = _Loop(ctx, parameter_groups, loss_of, evaluate, spec, state, identity, together or Together())
+    return loop.run()
 
 
 class _Loop:
@@ -162,6 +168,7 @@ class _Loop:
         spec: LoopSpec,
         state: Mapping[str, Tensor],
         identity: Mapping[str, Any],
+        together: Together,
     ):
         import torch
 
@@ -179,12 +186,15 @@ class _Loop:
             fused=True,
         )
         self.scaler = grad_scaler(ctx.runtime)
-        self.identity = {
+        self.together, self.world = together, together.world
+        identity = {
             **machine_identity(ctx.runtime),
             **{name: value for name, value in vars(spec).items() if not name.startswith("checkpoint_")},
             **identity,
+            "processes": self.world.size,
             "shapes": {name: list(tensor.shape) for name, tensor in state.items()},
         }
+        self.identity = self.world.shared(identity)  # machines may differ: the leading one's name counts
         self.folder = ctx.scratch / spec.name
         self.at = Progress()
         self.best: dict[str, Tensor] = {}
@@ -192,6 +202,7 @@ class _Loop:
         self.train_seconds = self.tokens = self.save_seconds = 0.0
         self.saved_at = time.monotonic()
         self.saved_step: int | None = None
+        self.due, self.stop = False, 0
 
     def run(self) -> LoopResult:
         began = time.monotonic()
@@ -202,13 +213,13 @@ class _Loop:
             self._step()
             if self.at.step % self.spec.evaluate_every == 0 or self.at.step == self.spec.steps:
                 self._evaluate()
-            self._checkpoint_if_due()
-            try:
-                self._report()
-            except Interrupted:
-                if self.saved_step != self.at.step:
-                    self._checkpoint()
-                raise
+            self._report()
+            # What several processes do together they decide together, in `_step`.
+            ends = bool(self.stop) or (self._done() and self.saved_step is not None)
+            if self.due or (ends and self.saved_step != self.at.step):
+                self._checkpoint()
+            if self.stop:
+                raise Interrupted(self.stop)
         at = self.at
         if at.step < self.spec.steps:
             self.ctx.log(f"ended after step {at.step}: {at.stale} evaluations in a row without a lower held-out loss")
@@ -237,25 +248,36 @@ class _Loop:
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * factor
         torch.manual_seed(step_seed(spec.seed, step))
-        weights, losses = [], []
-        for micro in range(spec.accumulate):
-            loss, figures = self.loss_of(step, micro)
-            weights.append(float(figures.get("tokens", 1.0)))
-            # Micro-batches may hold different numbers of tokens: weigh each relative to the first, which keeps
-            # magnitudes as they are, and divide by the sum below.
-            self.scaler.scale(loss * (weights[-1] / weights[0])).backward()
-            losses.append(loss.detach())
-        total = sum(weights)
-        loss_value = sum(float(loss) * weight for loss, weight in zip(losses, weights, strict=True)) / total
+        weights: list[float] = []
+        losses: list[Tensor] = []
+        first = 1.0
+        with peers():
+            for micro in range(spec.accumulate):
+                with self.together.micro_batch(last=micro == spec.accumulate - 1):
+                    loss, figures = self.loss_of(step, micro)
+                    weights.append(float(figures.get("tokens", 1.0)))
+                    if micro == 0:
+                        first = self.world.shared(weights[0])
+                    # Micro-batches may hold different numbers of tokens: weigh each relative to the first, which
+                    # keeps magnitudes as they are, and divide by the sum below.
+                    self.scaler.scale(loss * (weights[-1] / first)).backward()
+                losses.append(loss.detach())
+        losses_sum = sum(float(loss) * weight for loss, weight in zip(losses, weights, strict=True))
+        losses_sum, total, due, stop = self.world.sums([losses_sum, sum(weights), self._due(), self._asked_to_stop()])
+        self.due, self.stop = bool(due), int(stop)
+        loss_value = losses_sum / total
         self.scaler.unscale_(self.optimizer)
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        if spec.accumulate > 1:
-            torch._foreach_mul_(gradients, weights[0] / total)
-        norm = torch.nn.utils.get_total_norm(gradients)
+        self.together.gather(gradients)
+        share = first * self.world.size / total  # processes give the mean of theirs
+        local = [self.together.local(gradient) for gradient in gradients]
+        if share != 1.0:
+            torch._foreach_mul_(local, share)
+        norm = self.together.norm(gradients)
         finite = math.isfinite(loss_value) and bool(torch.isfinite(norm))
         if finite:
             if spec.clip is not None:
-                torch.nn.utils.clip_grads_with_norm_(self.parameters, spec.clip, norm)
+                torch._foreach_mul_(local, (spec.clip / (norm + 1e-6)).clamp(max=1.0))
             self.scaler.step(self.optimizer)
             if self.average is not None:
                 self.average.add(step - self.at.skipped)
@@ -326,20 +348,20 @@ class _Loop:
         values = {"loss": at.last_loss, "tune": at.last_tune}
         if self.train_seconds:
             values["tokens_per_second"] = self.tokens / self.train_seconds
-        self.ctx.progress(
-            at.step, self.spec.steps, **{name: value for name, value in values.items() if value is not None}
-        )
+        figures = {name: value for name, value in values.items() if value is not None}
+        self.ctx.emit("progress", {"step": at.step, "total": self.spec.steps, **figures})
 
     # -- checkpoints ---------------------------------------------------------------------------------------
-    def _checkpoint_if_due(self) -> None:
-        spec, step = self.spec, self.at.step
-        due = (
+    def _due(self) -> bool:
+        """Whether this process, which leads, wants a checkpoint after this step."""
+        spec, step = self.spec, self.at.step + 1
+        return self.world.leads and (
             time.monotonic() - self.saved_at >= max(spec.checkpoint_seconds, SAVE_SHARE * self.save_seconds)
             or (spec.checkpoint_steps is not None and step % spec.checkpoint_steps == 0)
-            or (self._done() and self.saved_step is not None)
         )
-        if due:
-            self._checkpoint()
+
+    def _asked_to_stop(self) -> int:
+        return self.ctx.should_stop() if self.world.leads else 0
 
     def _checkpoint(self) -> None:
         began = time.monotonic()
@@ -350,7 +372,9 @@ class _Loop:
             tensors |= {f"average.{name}": tensor for name, tensor in self.average.tensors.items()}
         for name, parameter in zip(self.names, self.parameters, strict=True):
             tensors |= {f"{key}.{name}": value for key, value in self.optimizer.state[parameter].items()}
-        save_checkpoint(self.folder, self.at.step, tensors, vars(self.at), self.identity)
+        tensors = {name: self.together.whole(tensor) for name, tensor in tensors.items()}
+        if self.world.leads:
+            save_checkpoint(self.folder, self.at.step, tensors, vars(self.at), self.identity)
         self.saved_at, self.saved_step = time.monotonic(), self.at.step
         self.save_seconds = self.saved_at - began
 
@@ -368,19 +392,18 @@ class _Loop:
 
         self.at = Progress(**found.values)
         self.scaler.load_state_dict(self.at.scaler)
+
+        def shared(key: str, name: str) -> Tensor:
+            tensor, like = found.tensors[f"{key}.{name}"], self.state[name]
+            return self.together.share(tensor, like) if tensor.shape == like.shape else tensor.to(like.device)
+
         with torch.no_grad():
             for name, tensor in self.state.items():
-                tensor.copy_(found.tensors[f"parameter.{name}"])
+                tensor.copy_(shared("parameter", name))
         if self.average is not None:
-            self.average.restore({name: found.tensors[f"average.{name}"] for name in self.state})
-        self.best = {
-            name: found.tensors[f"best.{name}"].to(tensor.device)
-            for name, tensor in self.state.items()
-            if f"best.{name}" in found.tensors
-        }
+            self.average.restore({name: shared("average", name) for name in self.state})
+        self.best = {name: shared("best", name) for name in self.state if f"best.{name}" in found.tensors}
         for name, parameter in zip(self.names, self.parameters, strict=True):
             keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in found.tensors]
             if keys:  # a parameter that has had no gradient yet has no moments
-                self.optimizer.state[parameter] = {
-                    key: found.tensors[f"{key}.{name}"].to(parameter.device) for key in keys
-                }
+                self.optimizer.state[parameter] = {key: shared(key, name) for key in keys}

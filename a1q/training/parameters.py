@@ -74,6 +74,11 @@ def level_distance(module: QuantModule) -> float:
     return rms(module.dequantize()) * 4 / 2 ** module.spec["bits"]
 
 
+def latents(state: Iterable[str]) -> list[str]:
+    """Those names of trained parameters that are latent weights."""
+    return [name for name in state if name.endswith(".latent")]
+
+
 def rms(tensor: Tensor) -> float:
     """Root of the mean square, of a parameter that may be a scale or a gain."""
     return float(tensor.detach().float().square().mean().sqrt())

@@ -47,10 +47,10 @@ def stepped(subject: Distillation) -> tuple[float, dict[str, float], dict[str, t
     return loss.item(), figures, gradients(subject)
 
 
-def near(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], share: float) -> None:
+def near(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], share: float, noise: float = 1e-7) -> None:
     assert found.keys() == wanted.keys() and len(found) >= 20
     for name, gradient in wanted.items():
-        assert float((found[name] - gradient).norm()) <= share * float(gradient.norm()) + 1e-7, name
+        assert float((found[name] - gradient).norm()) <= share * float(gradient.norm()) + noise, name
 
 
 @pytest.fixture(params=["whole", "tiles"])
@@ -95,7 +95,9 @@ def test_tile_by_tile_it_is_the_same(inputs: dict[str, Artifact], monkeypatch: p
     share = {"no": 1e-5, "bf16": 0.02}[amp]
     assert same == pytest.approx(loss, rel=share)
     assert also == pytest.approx(figures, rel=share)
-    near(others, grads, 10 * share)
+    # magnitudes are sums of rows' gradients that cancel out: of bf16's rounding errors they keep what all others lose
+    largest = max(float(gradient.norm()) for gradient in grads.values())
+    near(others, grads, 10 * share, noise=1e-7 if amp == "no" else 1e-3 * largest)
 
 
 def test_a_teacher_gets_no_gradient_and_stays_as_it_is(inputs: dict[str, Artifact], way: str) -> None:
