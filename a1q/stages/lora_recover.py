@@ -15,6 +15,7 @@ from a1q.quant.planning import check_statistics
 from a1q.training.distillation import BatchConfig, Distillation, Objective
 from a1q.training.planning import (
     activation_bytes,
+    check_batch,
     check_teacher,
     checkpoint_note,
     listed,
@@ -81,6 +82,7 @@ class LoraRecoverStage(Stage):
         elif embeddings and not targets:
             ctx.mismatch("", "only embeddings are quantized here, and adapters are for linears", "quantize linears too")
         check_teacher(ctx, config.objective, view)
+        check_batch(ctx, config.batch)
         if config.merge == "refit":
             check_statistics(ctx)
         if not targets:
@@ -123,6 +125,7 @@ class LoraRecoverStage(Stage):
         from a1q.quant.module import quantized_modules
         from a1q.training.adapters import save_peft_adapter
         from a1q.training.device import prepare_torch
+        from a1q.training.memory import told_what_to_lower
         from a1q.training.parameters import select_modules, set_aside_latents
 
         config, source, teacher = ctx.config, ctx.inputs["model"], ctx.inputs["teacher"]
@@ -148,14 +151,13 @@ class LoraRecoverStage(Stage):
         if objective.held_out() is None:
             raise StageError("the teacher cache has no held-out part to judge a recovery by: raise `tune_sequences`")
         identity = {"model": source.digest, "teacher": teacher.digest}
-        _train_adapters(ctx, objective, chosen, identity)
-        if config.merge == "refit":
-            helped = _refit(ctx, objective, chosen, latents, identity)
-            if not helped:
-                if ctx.world.leads:
-                    save_model(load_model(source.path), ctx.out, tokenizer_from=source.path)
-                return
+        with told_what_to_lower(config.batch.sequences, config.batch.accumulate, objective.cache.seq_len, None):
+            _train_adapters(ctx, objective, chosen, identity)
+            helped = config.merge != "refit" or _refit(ctx, objective, chosen, latents, identity)
         if not ctx.world.leads:
+            return
+        if not helped:
+            save_model(load_model(source.path), ctx.out, tokenizer_from=source.path)
             return
         for name, latent in latents.items():
             if modules[name].latent is None:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from a1q.engine.stage import Outcome, PlanContext, Stage, StageContext
+from a1q.errors import MismatchError
 from a1q.quant.bits import disk_bytes
 from a1q.training.distillation import BatchConfig, Distillation, Objective
 from a1q.training.parameters import NORMS
 from a1q.training.planning import (
     activation_bytes,
+    check_batch,
     check_teacher,
     checkpoint_note,
     listed,
@@ -51,6 +54,7 @@ class TrainConfig:
     weight_decay: float
     keep: str
     ema: float | None
+    keep_every: int | None
     evaluate_every: int
     patience: int | None
     evaluate_sequences: int
@@ -77,6 +81,7 @@ class TrainStage(Stage):
             return Outcome()
         targets = quantized_targets(ctx, view, config.groups)
         check_teacher(ctx, config.objective, view)
+        check_batch(ctx, config.batch)
         if not targets:
             return Outcome(view=view)
         count, weights = weight_count(targets.values()), "weights" in config.trainable
@@ -93,7 +98,7 @@ class TrainStage(Stage):
         view = view.replace({name: dataclasses.replace(module, latent=weights) for name, module in targets.items()})
         return Outcome(
             view=view,
-            disk_bytes=disk_bytes(view),
+            disk_bytes=disk_bytes(view) * (1 + config.steps // (config.keep_every or config.steps + 1)),
             memory_bytes=memory,
             notes=(
                 f"trains {', '.join(config.trainable)} of {len(targets)} modules",
@@ -115,11 +120,15 @@ class TrainStage(Stage):
         from a1q.models.checkpoint import load_model, save_model
         from a1q.quant.module import quantized_modules
         from a1q.training.device import prepare_torch, recompute_layers
+        from a1q.training.kept import KeptSteps
         from a1q.training.loop import LoopSpec, run_loop
+        from a1q.training.memory import told_what_to_lower
         from a1q.training.parameters import latents, parameter_groups, select_modules, set_aside_latents
 
         config, source, teacher = ctx.config, ctx.inputs["model"], ctx.inputs["teacher"]
         assert source is not None and teacher is not None
+        if config.keep_every and ctx.runtime.shard and not ctx.world.alone:
+            raise MismatchError("`keep_every` writes whole models, and `runtime.shard` splits them: leave one out")
         device = prepare_torch(ctx.runtime, ctx.seed, ctx.world)
         model = load_model(source.path, device=device)
         modules = dict(quantized_modules(model))
@@ -151,23 +160,33 @@ class TrainStage(Stage):
             recompute_layers(model)
         together = objective.over(ctx.world, ctx.smoke, state, latents(state) if ctx.runtime.shard else ())
         groups, state = together.moved(groups, state)
-        result = run_loop(
-            ctx,
-            parameter_groups=groups,
-            loss_of=objective.loss_of,
-            evaluate=objective.held_out(),
-            spec=LoopSpec.of(config, ctx.seed),
-            state=state,
-            identity={"model": source.digest, "teacher": teacher.digest},
-            together=together,
-        )
+        kept_aside = {name: latent for name, latent in aside.items() if name not in chosen}
+
+        def save(folder: Path) -> None:
+            for name, latent in kept_aside.items():
+                modules[name].start_latent(latent)
+            save_model(model, folder, tokenizer_from=source.path)
+            for name in kept_aside:
+                modules[name].drop_latent()
+
+        kept, batch = KeptSteps(ctx.scratch, save), config.batch
+        with told_what_to_lower(batch.sequences, batch.accumulate, objective.cache.seq_len, config.recompute):
+            result = run_loop(
+                ctx,
+                parameter_groups=groups,
+                loss_of=objective.loss_of,
+                evaluate=objective.held_out(),
+                spec=LoopSpec.of(config, ctx.seed),
+                state=state,
+                identity={"model": source.digest, "teacher": teacher.digest},
+                together=together,
+                keep_step=kept.keep,
+            )
         together.end()
         if not ctx.world.leads:
             return
-        for name, latent in aside.items():
-            if name not in chosen:
-                modules[name].start_latent(latent)
-        save_model(model, ctx.out, tokenizer_from=source.path)
+        save(ctx.out)
+        kept.publish(ctx.out)
         after = result.last_tune if config.keep == "last" else result.best_tune
         if after is not None:
             ctx.metrics.update(kl_before=result.start_tune, kl_after=after)

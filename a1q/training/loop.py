@@ -10,8 +10,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field, fields
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from a1q.engine.stage import StageContext
@@ -20,7 +19,9 @@ from a1q.errors import Interrupted, StageError
 from a1q.training.average import Average
 from a1q.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from a1q.training.device import grad_scaler, machine_identity
+from a1q.training.memory import peak_memory
 from a1q.training.schedule import learning_rate_factor
+from a1q.training.spec import LoopResult, LoopSpec, Progress
 from a1q.training.together import Together
 
 if TYPE_CHECKING:
@@ -31,89 +32,6 @@ LossOf = Callable[[int, int], "tuple[Tensor, dict[str, float]]"]
 
 SAVE_SHARE = 20
 """Training goes on for at least so many times as long as the last checkpoint took to write."""
-
-
-@dataclass(frozen=True)
-class LoopSpec:
-    """How to train. A step is one optimizer step."""
-
-    steps: int
-    seed: int
-    accumulate: int = 1
-    """Micro-batches per step; gradients are those of the mean over all their tokens."""
-    warmup: int = 0
-    schedule: str = "cosine"
-    """`constant`, `linear` or `cosine`."""
-    final_lr: float = 0.1
-    """The last step's learning rate as a fraction of the peak."""
-    clip: float | None = 1.0
-    """Limit of the gradient's norm over all parameters; None for no limit."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = 0.0
-    keep: str = "best"
-    """`best`: the parameters of the lowest held-out loss, the start included; `last`: those of the last step."""
-    ema: float | None = None
-    """Decay of the moving average whose parameters are evaluated and kept; None: the parameters themselves."""
-    evaluate_every: int = 50
-    patience: int | None = None
-    """Training ends early after so many evaluations in a row without a lower held-out loss; None: it never does."""
-    skip_limit: int = 10
-    """Steps in a row whose loss or gradient is not finite, each of them skipped, after which training fails."""
-    checkpoint_seconds: float = 30.0
-    checkpoint_steps: int | None = None
-    """Checkpoint after every so many steps too."""
-    name: str = "train"
-    """Folder of the checkpoints inside the stage's scratch folder: a stage may run several loops."""
-
-    @classmethod
-    def of(cls, config: Any, seed: int, **more: Any) -> LoopSpec:
-        """From a training stage's config, whose options are called like these fields; `more` adds or replaces."""
-        named = {item.name: getattr(config, item.name) for item in fields(cls) if hasattr(config, item.name)}
-        return cls(**{**named, "seed": seed, "accumulate": config.batch.accumulate, **more})
-
-
-@dataclass
-class Progress:
-    """Where a loop stands; all of it is in the checkpoint."""
-
-    step: int = 0
-    skipped: int = 0
-    skipped_in_row: int = 0
-    first_loss: float | None = None
-    last_loss: float | None = None
-    start_tune: float | None = None
-    last_tune: float | None = None
-    best_tune: float | None = None
-    best_step: int = 0
-    stale: int = 0
-    """Evaluations since the best."""
-    scaler: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class LoopResult:
-    """What training did. Losses are nats per token, or whatever `loss_of` and `evaluate` return."""
-
-    steps: int
-    skipped: int
-    first_loss: float | None
-    """Training loss of the first step."""
-    last_loss: float | None
-    start_tune: float | None
-    """Held-out loss before the first step; None without `evaluate`."""
-    last_tune: float | None
-    best_tune: float | None
-    best_step: int
-    kept_step: int
-    """The step whose parameters the tensors hold now."""
-    tokens_per_second: float
-    """Training tokens per second of this process, evaluation and checkpoints excluded."""
-    seconds: float
-    resumed_from: int | None
-
-    def metrics(self) -> dict[str, Any]:
-        """The figures for `report.json`: those that exist and are finite."""
-        return {name: value for name, value in vars(self).items() if value is not None and math.isfinite(value)}
 
 
 def step_seed(seed: int, step: int) -> int:
@@ -136,6 +54,7 @@ def run_loop(
     state: Mapping[str, Tensor],
     identity: Mapping[str, Any],
     together: Together | None = None,
+    keep_step: Callable[[int], None] = lambda step: None,
 ) -> LoopResult:
     """Train the tensors of `state` in place, or go on from the checkpoint that a killed run left in `ctx.scratch`.
 
@@ -146,6 +65,8 @@ def run_loop(
             at the end.
         state: every trained parameter by name; all that a checkpoint must hold.
         identity: JSON values that must be equal for a resume, besides machine, threads, processes and shapes.
+        keep_step: called in the leading process after every `keep_every` steps, with the parameters in place that
+            would be kept; a resumed run repeats the steps behind its checkpoint.
         together: how several processes train; each of them calls this, and `loss_of` and `evaluate` with it.
 
     Raises:
@@ -155,6 +76,7 @@ def run_loop(
         Interrupted: at SIGINT or SIGTERM, after a checkpoint.
     """
     loop = _Loop(ctx, parameter_groups, loss_of, evaluate, spec, state, identity, together or Together())
+    loop.keep_step = keep_step
     return loop.run()
 
 
@@ -203,16 +125,24 @@ class _Loop:
         self.saved_at = time.monotonic()
         self.saved_step: int | None = None
         self.due, self.stop = False, 0
+        self.figures: dict[str, float] = {}
+        """Of the last step."""
+        self.keep_step: Callable[[int], None] = lambda step: None
 
     def run(self) -> LoopResult:
         began = time.monotonic()
         resumed = self._resume()
         if resumed is None:
             self._evaluate()
+            self._require_a_finite_start()
+        self.began, self.first_step = time.monotonic(), self.at.step
         while not self._done():
             self._step()
             if self.at.step % self.spec.evaluate_every == 0 or self.at.step == self.spec.steps:
                 self._evaluate()
+            if self.spec.keep_every is not None and self.at.step % self.spec.keep_every == 0 and self.world.leads:
+                with self._averaged():
+                    self.keep_step(self.at.step)
             self._report()
             # What several processes do together they decide together, in `_step`.
             ends = bool(self.stop) or (self._done() and self.saved_step is not None)
@@ -250,6 +180,7 @@ class _Loop:
         torch.manual_seed(step_seed(spec.seed, step))
         weights: list[float] = []
         losses: list[Tensor] = []
+        terms: dict[str, float] = {}
         first = 1.0
         with peers():
             for micro in range(spec.accumulate):
@@ -262,8 +193,13 @@ class _Loop:
                     # keeps magnitudes as they are, and divide by the sum below.
                     self.scaler.scale(loss * (weights[-1] / first)).backward()
                 losses.append(loss.detach())
+                for name, term in figures.items():
+                    terms[name] = terms.get(name, 0.0) + term * weights[-1]
+        terms.pop("tokens", None)
         losses_sum = sum(float(loss) * weight for loss, weight in zip(losses, weights, strict=True))
-        losses_sum, total, due, stop = self.world.sums([losses_sum, sum(weights), self._due(), self._asked_to_stop()])
+        losses_sum, total, due, stop, *sums = self.world.sums(
+            [losses_sum, sum(weights), self._due(), self._asked_to_stop(), *terms.values()]
+        )
         self.due, self.stop = bool(due), int(stop)
         loss_value = losses_sum / total
         self.scaler.unscale_(self.optimizer)
@@ -283,6 +219,8 @@ class _Loop:
                 self.average.add(step - self.at.skipped)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+        self.figures = {"lr": factor, "norm": float(norm)}
+        self.figures |= {name: value / total for name, value in zip(terms, sums, strict=True)}
         self._count(loss_value, finite)
         self.tokens += total
         self.train_seconds += time.monotonic() - began
@@ -308,13 +246,34 @@ class _Loop:
                 "lower the learning rates, or train with `amp: no`"
             )
 
+    def _averaged(self) -> AbstractContextManager[None]:
+        """Where there is an average, its parameters are in place inside."""
+        return nullcontext() if self.average is None else self.average.in_place()
+
+    def _require_a_finite_start(self) -> None:
+        """Say at once, and not after many skipped steps, that there is nothing to train.
+
+        Raises:
+            StageError: naming the first parameters that are no numbers.
+        """
+        import torch
+
+        start = self.at.start_tune
+        if start is None or math.isfinite(start):
+            return
+        odd = [
+            name for name, tensor in self.state.items() if not bool(torch.isfinite(self.together.local(tensor)).all())
+        ]
+        where = f"; not finite are {', '.join(odd[:3])}" if odd else "; all that trains is finite: look at what doesn't"
+        raise StageError(f"the held-out loss is {start} before the first step{where}")
+
     def _evaluate(self) -> None:
         import torch
 
         if self.evaluate is None:
             return
         at = self.at
-        with torch.no_grad(), nullcontext() if self.average is None else self.average.in_place():
+        with torch.no_grad(), self._averaged():
             loss = float(self.evaluate())
             better = math.isfinite(loss) and (at.best_tune is None or loss < at.best_tune)
             if better and self.spec.keep == "best":
@@ -348,7 +307,10 @@ class _Loop:
         values = {"loss": at.last_loss, "tune": at.last_tune}
         if self.train_seconds:
             values["tokens_per_second"] = self.tokens / self.train_seconds
-        figures = {name: value for name, value in values.items() if value is not None}
+        figures = {name: value for name, value in values.items() if value is not None} | self.figures
+        per_step = (time.monotonic() - self.began) / (at.step - self.first_step)  # with evaluations and checkpoints
+        figures["seconds_left"] = round(per_step * (self.spec.steps - at.step), 1)
+        figures["memory_bytes"] = peak_memory(self.ctx.runtime.device)
         self.ctx.emit("progress", {"step": at.step, "total": self.spec.steps, **figures})
 
     # -- checkpoints ---------------------------------------------------------------------------------------

@@ -67,6 +67,15 @@ def check_teacher(ctx: PlanContext, objective: Objective, view: ModelView) -> No
         ctx.mismatch("objective.kd", f"the teacher's vocabulary is {vocabulary}, the student's {own}")
 
 
+def check_batch(ctx: PlanContext, batch: BatchConfig) -> None:
+    """Record a step that reads more sequences than the planned teacher cache has."""
+    teacher = ctx.views.get("teacher") or {}
+    there, asked = teacher.get("sequences"), batch.sequences * batch.accumulate
+    if there is not None and asked > there:
+        message = f"a step reads {batch.sequences} x {batch.accumulate} sequences, and the teacher cache has {there}"
+        ctx.recipe_problem("batch.sequences", message, "lower it, or cache more (`kd: cache: {sequences: ...}`)")
+
+
 def listed(names: Iterable[str]) -> list[str]:
     """Module names as indented lines of a plan's notes."""
     return [f"  {name}" for name in summarize(names)]
