@@ -52,7 +52,7 @@ class Terms:
     hard_top1: float = 0.0
     """Weight of the cross-entropy with the teacher's most probable token."""
     hard_full: float = 0.0
-    """Weight of the cross-entropy with the text's next token, over the positions that have one."""
+    """Weight of the cross-entropy with the text's next token, over the positions that have one in their document."""
     tail: str = "negatives"
     """What becomes of the vocabulary outside the cached top-k; see the top of this file."""
 
@@ -137,7 +137,9 @@ def loss_of(
         found["hard_top1"] = (partitions[-1] - top[..., 0]).mean()
         loss = loss + terms.hard_top1 * found["hard_top1"]
     if terms.hard_full:
-        found["hard_full"] = (partitions[-1] - target[..., 0])[:, :-1].mean()
+        counts = batch.continues[:, :-1]
+        losses = (partitions[-1] - target[..., 0])[:, :-1]
+        found["hard_full"] = losses.where(counts, 0).sum() / counts.sum().clamp_min(1)
         loss = loss + terms.hard_full * found["hard_full"]
     return loss, {name: term.detach() for name, term in found.items()}
 

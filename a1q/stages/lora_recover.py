@@ -114,6 +114,7 @@ class LoraRecoverStage(Stage):
             StageError, MismatchError, Interrupted: as `train`.
         """
         from a1q.distill.cache import TeacherCache
+        from a1q.distill.tokenizers import require_cache_of
         from a1q.models.checkpoint import load_model, save_model
         from a1q.quant.module import quantized_modules
         from a1q.training.adapters import save_peft_adapter
@@ -123,6 +124,8 @@ class LoraRecoverStage(Stage):
         config, source, teacher = ctx.config, ctx.inputs["model"], ctx.inputs["teacher"]
         assert source is not None and teacher is not None
         device = prepare_torch(ctx.runtime, ctx.seed)
+        cache = TeacherCache(teacher.path)
+        require_cache_of(source.path, cache.meta, f"stages.{ctx.id}.objective.kd")
         model = load_model(source.path, device=device)
         modules = dict(quantized_modules(model))
         selected = select_modules(modules, ctx.groups, config.groups)
@@ -132,7 +135,7 @@ class LoraRecoverStage(Stage):
         latents = set_aside_latents(modules)
         objective = Distillation(
             model,
-            TeacherCache(teacher.path),
+            cache,
             config.objective,
             config.batch,
             ctx.runtime,

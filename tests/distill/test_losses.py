@@ -14,7 +14,7 @@ from a1q.distill.negatives import draw_offsets, offsets_to_ids
 B, L, V = 2, 7, 60
 
 
-def make_batch(teacher, kept, count, seed=0, tokens=None):
+def make_batch(teacher, kept, count, seed=0, tokens=None, starts=None):
     """What a cache would say about `teacher`, logits [B, L, V] in float64, without the rounding to fp16."""
     vocabulary = teacher.shape[-1]
     generator = torch.Generator().manual_seed(seed)
@@ -24,7 +24,9 @@ def make_batch(teacher, kept, count, seed=0, tokens=None):
     if tokens is None:
         tokens = torch.randint(vocabulary, teacher.shape[:-1], generator=generator)
     values = teacher.gather(-1, negatives) if count else None
-    return TeacherBatch(tokens, ids, top, negatives, values, teacher.logsumexp(-1), vocabulary)
+    if starts is None:
+        starts = torch.zeros_like(tokens, dtype=torch.bool)
+    return TeacherBatch(tokens, ids, top, negatives, values, teacher.logsumexp(-1), vocabulary, starts)
 
 
 def pair(seed=0, distance=0.7, vocabulary=V):
