@@ -95,9 +95,9 @@ def read_sequences(
             f"and {'at least 1' if count is None else count} were asked for; "
             "ask for fewer or shorter ones, or name more text"
         )
-    starts = numpy.zeros(size, dtype=bool)
-    starts[numpy.cumsum([0, *map(len, parts[:-1])])] = True
-    tokens, starts = (flat[: rows * seq_len].reshape(rows, seq_len) for flat in (numpy.concatenate(parts), starts))
+    begins = numpy.zeros(size, dtype=bool)
+    begins[numpy.cumsum([0, *map(len, parts[:-1])])] = True
+    tokens, starts = (flat[: rows * seq_len].reshape(rows, seq_len) for flat in (numpy.concatenate(parts), begins))
     return Sequences(tokens, starts, templated)
 
 

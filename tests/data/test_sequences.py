@@ -1,3 +1,4 @@
+import itertools
 import json
 from pathlib import Path
 
@@ -48,7 +49,7 @@ def test_starts_are_where_documents_begin(tokenizer: Path, tmp_path: Path):
     flat, begins = found.tokens.reshape(-1), numpy.flatnonzero(found.starts)
     encoder, end = load_tokenizer(tokenizer)
     assert begins[0] == 0 and len(begins) > 50
-    for first, last in zip(begins, begins[1:], strict=False):
+    for first, last in itertools.pairwise(begins):
         assert flat[last - 1] == end
         assert encoder.decode(flat[first : last - 1].tolist(), skip_special_tokens=False) in texts
 

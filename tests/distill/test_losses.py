@@ -170,6 +170,30 @@ def test_hard_terms_are_cross_entropies(temperature):
     torch.testing.assert_close(loss, soft + 0.3 * top1 + 0.2 * full)
 
 
+def test_the_first_token_of_another_document_is_no_target():
+    """Value and gradient against cross-entropy that is told which targets to ignore."""
+    teacher, student = pair()
+    starts = torch.zeros(B, L, dtype=torch.bool)
+    starts[0, 0] = starts[0, 3] = starts[1, 1] = starts[1, L - 1] = True
+    batch = make_batch(teacher, 6, 12, starts=starts)
+    _, terms = kd_loss(student, batch, hard_full=1.0)
+    targets = batch.tokens[:, 1:].masked_fill(starts[:, 1:], -100)
+    exact = torch.nn.functional.cross_entropy(student[:, :-1].flatten(0, 1), targets.flatten(), ignore_index=-100)
+    torch.testing.assert_close(terms["hard_full"], exact.detach())
+    soft, full = (kd_loss(student, batch, hard_full=weight)[0] for weight in (0.0, 1.0))
+    wanted = torch.autograd.grad(exact, student)
+    torch.testing.assert_close(torch.autograd.grad(full - soft, student), wanted)
+    assert (wanted[0][0, 2] == 0).all() and (wanted[0][0, 1] != 0).any()
+
+
+def test_documents_of_one_token_leave_no_target():
+    teacher, student = pair()
+    batch = make_batch(teacher, 6, 12, starts=torch.ones(B, L, dtype=torch.bool))
+    soft, _ = kd_loss(student, batch)
+    loss, terms = kd_loss(student, batch, hard_full=1.0)
+    assert terms["hard_full"] == 0 and loss == soft
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_low_precision_logits_are_computed_on_in_float32(dtype):
     teacher, student = pair()
