@@ -1,11 +1,14 @@
-"""What a teacher cache costs: `python -m benchmarks.kd_cache [SEQUENCES]`.
+"""What a teacher cache costs: `python -m benchmarks.kd_cache [SEQUENCES [LAYERS [THREADS]]]`.
 
-Seconds of the teacher's forward pass alone, of the whole writer, of reading shuffled batches and of the losses, on a
-model of the built-in one's shape with random weights, and the bytes per token.
+On a model of Qwen3-0.6B's shape with random weights: seconds of the teacher's forward pass alone and of the same with
+the cache written, in turns, batch by batch, the least of each; the latter over the forward pass that is inside it, the
+median of all, which other load on the machine hardly moves; bytes per kept logit; seconds of loading a batch. Then the
+same on the built-in model's shape, with the losses.
 """
 
 from __future__ import annotations
 
+import statistics
 import sys
 import tempfile
 import time
@@ -16,13 +19,24 @@ from typing import Any
 import numpy as np
 import torch
 
-from a1q.distill.cache import DESCRIPTION, FORMAT, TeacherCache, position_bytes
+from a1q.distill.cache import FORMAT, TeacherCache, position_bytes, sequence_bytes, write_description
 from a1q.distill.losses import TAILS, kd_loss
 from a1q.distill.teacher import write_shards
-from a1q.engine.artifact import canonical_json
+from a1q.engine.stage import Runtime
+from a1q.training.device import prepare_torch
 from benchmarks.common import print_table, save
 
 VOCABULARY, LENGTH, TOP_K, NEGATIVES, BATCH, SHARD = 2048, 128, 64, 128, 8, 128
+QWEN3 = {
+    "vocab_size": 151936,
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "tie_word_embeddings": True,
+}
+QWEN3_TOP_K, QWEN3_BATCH = 128, 4
 
 
 def build_model() -> Any:
@@ -58,32 +72,72 @@ def forward(model: Any, tokens: np.ndarray) -> None:
             model(input_ids=torch.from_numpy(tokens[first : first + BATCH]).long(), use_cache=False)
 
 
-def write(model: Any, tokens: np.ndarray, folder: Path) -> None:
+def write(model: Any, tokens: np.ndarray, folder: Path, batch: int = BATCH, top_k: int = TOP_K) -> None:
     """Write a cache as the `kd` stage does."""
     parts = {"train": tokens, "tune": tokens[:0]}
     names = write_shards(
         model,
         parts,
         folder=folder,
-        top_k=TOP_K,
+        top_k=top_k,
         random_negatives=NEGATIVES,
         shard_sequences=SHARD,
-        batch=BATCH,
+        batch=batch,
         seed=0,
     )
     meta = {
         "format": FORMAT,
-        "vocabulary": VOCABULARY,
+        "vocabulary": model.config.vocab_size,
         "seq_len": LENGTH,
         "shard_sequences": SHARD,
         "parts": {part: {"sequences": len(parts[part]), "shards": names[part]} for part in parts},
     }
-    (folder / DESCRIPTION).write_bytes(canonical_json(meta))
+    write_description(folder, meta)
 
 
-def main() -> None:
-    """Measure and print."""
-    count = int(sys.argv[1]) if len(sys.argv) > 1 else 256
+def qwen3_rows(count: int, layers: int) -> list[dict[str, Any]]:
+    """Forward pass, building and loading at Qwen3-0.6B's shape."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(Qwen3Config(num_hidden_layers=layers, **QWEN3)).eval()
+    vocabulary = QWEN3["vocab_size"]
+    tokens = np.random.default_rng(0).integers(vocabulary, size=(count, LENGTH)).astype(np.int32)
+    forward(model, tokens[:QWEN3_BATCH])  # warms up
+    alone, built, within = [], [], []  # seconds of every batch
+    model.register_forward_pre_hook(lambda *_: within.append(-time.perf_counter()))
+    model.register_forward_hook(lambda *_: within.append(within.pop() + time.perf_counter()))
+    with tempfile.TemporaryDirectory() as name:
+        for first in range(0, count, QWEN3_BATCH):
+            some, folder = tokens[first : first + QWEN3_BATCH], Path(name) / str(first)
+            alone.append(seconds_of(lambda some=some: forward(model, some)))
+            built.append(
+                seconds_of(lambda some=some, folder=folder: write(model, some, folder, QWEN3_BATCH, QWEN3_TOP_K))
+            )
+        cache = TeacherCache(Path(name) / "0")
+        draw = np.random.default_rng(1)
+        loaded = {}
+        for rows in (4, 16):
+            picks = [draw.integers(cache.size(), size=rows) for _ in range(21)]
+            loaded[rows] = statistics.median(seconds_of(lambda pick=pick: cache.batch(pick)) for pick in picks)
+    same = statistics.median(whole / part for whole, part in zip(built, within[1::2], strict=True))
+    sizes = [sequence_bytes(vocabulary, LENGTH, QWEN3_TOP_K, negatives) / LENGTH for negatives in (0, NEGATIVES)]
+    figures = {
+        f"teacher's forward pass, {QWEN3_BATCH} x {LENGTH}, s": min(alone),
+        "the same and its cache written, s": min(built),
+        "ratio": min(built) / min(alone),
+        "a written batch over the forward pass inside it": same,
+        "bytes per kept logit, without negatives": sizes[0] / QWEN3_TOP_K,
+        "bytes per kept logit, with negatives": sizes[1] / (QWEN3_TOP_K + NEGATIVES),
+    }
+    for rows, seconds in loaded.items():
+        figures[f"loading {rows} x {LENGTH}, s"] = seconds
+        figures[f"the same over a forward pass of {rows} x {LENGTH}"] = seconds * QWEN3_BATCH / (rows * min(alone))
+    return [{"what": what, "value": round(value, 4)} for what, value in figures.items()]
+
+
+def pico_rows(count: int) -> list[dict[str, Any]]:
+    """Forward pass, building, loading and losses at the built-in model's shape."""
     model = build_model()
     tokens = np.random.default_rng(0).integers(VOCABULARY, size=(count, LENGTH)).astype(np.int32)
     forward(model, tokens[:BATCH])
@@ -109,10 +163,22 @@ def main() -> None:
                 logits.grad = None
 
             note(f"loss and gradient, {tail}", min(seconds_of(step) for _ in range(5)), batch.tokens.numel())
-    title = f"Teacher cache, {count} x {LENGTH} tokens, {position_bytes(VOCABULARY, TOP_K, NEGATIVES)} bytes per token"
-    save("kd_cache", rows)
-    print_table(title, list(rows[0]), [list(row.values()) for row in rows])
+    return rows
+
+
+def main(count: int = 32, layers: int = 28, threads: int = 2) -> None:
+    """Measure and print."""
+    prepare_torch(Runtime(threads=threads), 0)
+    tables = {
+        f"Teacher cache at Qwen3-0.6B's shape, {layers} layers, {count} x {LENGTH} tokens, top {QWEN3_TOP_K} and "
+        f"{NEGATIVES} negatives, {threads} threads": qwen3_rows(count, layers),
+        f"Teacher cache at the built-in model's shape, 256 x {LENGTH} tokens, "
+        f"{position_bytes(VOCABULARY, TOP_K, NEGATIVES)} bytes per token, {threads} threads": pico_rows(256),
+    }
+    save("kd_cache", {"threads": threads, "layers": layers, "sequences": count, "tables": tables})
+    for title, rows in tables.items():
+        print_table(title, list(rows[0]), [list(row.values()) for row in rows])
 
 
 if __name__ == "__main__":
-    main()
+    main(*map(int, sys.argv[1:]))

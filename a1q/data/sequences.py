@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,18 @@ if TYPE_CHECKING:
 DEFAULT_HOLDOUT = 0.05
 BATCH = 512
 """Documents encoded at once."""
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Token sequences of one side, and what they were cut from."""
+
+    tokens: numpy.ndarray
+    """int32 [n, seq_len]."""
+    starts: numpy.ndarray
+    """bool [n, seq_len], True where a document begins. A sequence's first token may be in the middle of one."""
+    templated: bool
+    """Whether conversations among them went through the tokenizer's chat template."""
 
 
 def documents(config: Mapping[str, Any], split: str) -> Iterator[str]:
@@ -39,6 +52,13 @@ def documents(config: Mapping[str, Any], split: str) -> Iterator[str]:
 def token_sequences(
     config: Mapping[str, Any], tokenizer_folder: Path, split: str, seq_len: int, count: int | None, seed: int
 ) -> numpy.ndarray:
+    """The tokens, int32 [count, seq_len], of `read_sequences`, whose arguments and errors it has."""
+    return read_sequences(config, tokenizer_folder, split, seq_len, count, seed).tokens
+
+
+def read_sequences(
+    config: Mapping[str, Any], tokenizer_folder: Path, split: str, seq_len: int, count: int | None, seed: int
+) -> Sequences:
     """Token sequences of one side: documents shuffled by `seed`, joined by the end-of-text token, cut in blocks.
 
     Args:
@@ -46,9 +66,6 @@ def token_sequences(
         tokenizer_folder: a model's folder with tokenizer.json; conversations also need its chat template.
         count: how many sequences; None for all there are.
         seed: of the order; the sequences for a smaller count are the first of those for a larger one.
-
-    Returns:
-        int32 [count, seq_len].
 
     Raises:
         StageError: if the text is not long enough; the message says for how many sequences it is.
@@ -62,10 +79,11 @@ def token_sequences(
     text_of = _renderer(tokenizer_folder)
     wanted = None if count is None else count * seq_len
     parts: list[numpy.ndarray] = []
-    size = 0
+    size, templated = 0, False
     for start in range(0, len(found), BATCH):
-        texts = [text_of(record) for record in found[start : start + BATCH]]
-        for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False):
+        picked = found[start : start + BATCH]
+        templated = templated or any(record.messages for record in picked)
+        for encoding in tokenizer.encode_batch_fast([text_of(record) for record in picked], add_special_tokens=False):
             parts.append(numpy.array([*encoding.ids, end], dtype=numpy.int32))
             size += len(parts[-1])
         if wanted is not None and size >= wanted:
@@ -77,7 +95,10 @@ def token_sequences(
             f"and {'at least 1' if count is None else count} were asked for; "
             "ask for fewer or shorter ones, or name more text"
         )
-    return numpy.concatenate(parts)[: rows * seq_len].reshape(rows, seq_len)
+    begins = numpy.zeros(size, dtype=bool)
+    begins[numpy.cumsum([0, *map(len, parts[:-1])])] = True
+    tokens, starts = (flat[: rows * seq_len].reshape(rows, seq_len) for flat in (numpy.concatenate(parts), begins))
+    return Sequences(tokens, starts, templated)
 
 
 def load_tokenizer(folder: Path) -> tuple[Tokenizer, int]:

@@ -5,14 +5,19 @@ tokens a shard holds, with K the number of top logits and R that of random negat
 
 | tensor            | shape      | type                                                                        |
 |-------------------|------------|-----------------------------------------------------------------------------|
-| `tokens`          | [n, L]     | uint16, or int32 for a vocabulary of 65536 or more                          |
-| `ids`             | [n, L, K]  | the same; the teacher's top-k, best first                                   |
+| `tokens`          | [n, L]     | uint16, or int32 for a vocabulary of more than 65536                        |
+| `starts`          | [n, L / 8] | uint8, a bit per token: set where a document begins; the first stands lowest |
+| `ids`             | [n, L, K]  | uint16, the lower 16 bits of the teacher's top-k ids, best first            |
+| `ids_upper`       | [n, L, U]  | uint8, their bits above, if any, see `a1q.distill.packed_ids`               |
 | `logits`          | [n, L, K]  | fp16, less the position's logsumexp: a log-probability, so precise near 0   |
 | `negatives`       | [n, L, R]  | uint8, uint16 or int32, see `a1q.distill.negatives`                         |
 | `negative_logits` | [n, L, R]  | fp16, less the logsumexp                                                    |
 | `lse`             | [n, L]     | float32, logsumexp over the whole vocabulary                                |
 
 Position t holds the distribution of token t + 1.
+
+The description is written before the first shard and says what will be there. Beside a shard in a folder that is still
+being written lies a note of its digest, `PART-NNNNN.sha256`, from when it is whole.
 """
 
 from __future__ import annotations
@@ -26,6 +31,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from a1q.distill.negatives import offset_bytes, offsets_to_ids
+from a1q.distill.packed_ids import unpack_ids, upper_bits, upper_bytes
+from a1q.engine.files import write_atomic
 from a1q.errors import StageError
 from a1q.models.view import read_safetensors_header
 
@@ -33,7 +40,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 DESCRIPTION = "teacher.json"
-FORMAT = 1
+FORMAT = 2
 PARTS = ("train", "tune")
 TYPES = {"U8": np.uint8, "U16": np.uint16, "I32": np.int32, "F16": np.float16, "F32": np.float32}
 """The safetensors types that occur in a shard."""
@@ -57,6 +64,16 @@ class TeacherBatch:
     """float32 [B, L], logsumexp of the teacher's logits over the whole vocabulary."""
     vocabulary: int
     """Size of the teacher's vocabulary."""
+    starts: Tensor
+    """bool [B, L], where a document begins; a sequence's first token may be in the middle of one."""
+
+    @property
+    def continues(self) -> Tensor:
+        """bool [B, L], whether the sequence goes on behind a position with the same document."""
+        import torch
+
+        last = torch.ones_like(self.starts[:, :1])
+        return ~torch.cat([self.starts[:, 1:], last], dim=1)
 
     @property
     def top1(self) -> Tensor:
@@ -70,71 +87,129 @@ class TeacherBatch:
         return (self.vocabulary - self.ids.shape[-1]) / count if count else 0.0
 
 
-def id_bytes(vocabulary: int) -> int:
-    """Bytes of one stored token id."""
-    return 2 if vocabulary < 1 << 16 else 4
+def token_bytes(vocabulary: int) -> int:
+    """Bytes of one stored token of the text."""
+    return 4 if upper_bits(vocabulary) else 2
 
 
 def position_bytes(vocabulary: int, top_k: int, random_negatives: int) -> int:
-    """Bytes that one position (one token) takes in a shard: multiply by the tokens for the size of a cache."""
-    top = top_k * (id_bytes(vocabulary) + 2)
+    """Bytes that one position (one token) takes in a shard, but for the bit of `starts`."""
+    top = top_k * (2 + 2) + upper_bytes(vocabulary, top_k)
     negatives = random_negatives * (offset_bytes(vocabulary - top_k, random_negatives) + 2)
-    return id_bytes(vocabulary) + top + negatives + 4
+    return token_bytes(vocabulary) + top + negatives + 4
+
+
+def sequence_bytes(vocabulary: int, length: int, top_k: int, random_negatives: int) -> int:
+    """Bytes that one sequence takes in a shard: multiply by the sequences for the size of a cache."""
+    return length * position_bytes(vocabulary, top_k, random_negatives) + -(-length // 8)
+
+
+def note_of(shard: Path) -> Path:
+    """Where the digest of a shard is noted once it is whole, in a folder that is being written."""
+    return shard.with_suffix(".sha256")
+
+
+def write_description(folder: Path, meta: Mapping[str, Any]) -> None:
+    """Write `teacher.json`, whole or not at all."""
+    write_atomic(folder / DESCRIPTION, json.dumps(meta, indent=2, sort_keys=True))
 
 
 class TeacherCache:
     """Reads a teacher cache lazily: shards are memory-mapped, and only the rows asked for are touched."""
 
-    def __init__(self, folder: Path | str):
+    def __init__(self, folder: Path | str, partial: bool = False):
         """Open the cache in `folder`.
+
+        Args:
+            partial: `folder` is still being written, and rows of finished shards can be read already (`ready`).
 
         Raises:
             StageError: if it is no teacher cache, or a shard is missing, truncated or of another shape.
         """
         self.folder = Path(folder)
+        self.partial = partial
         self.meta: Mapping[str, Any] = _read_description(self.folder)
         self.seq_len: int = self.meta["seq_len"]
         self.vocabulary: int = self.meta["vocabulary"]
-        self._shards = {part: [self._open(name) for name in self.meta["parts"][part]["shards"]] for part in PARTS}
-        for part in PARTS:
-            found = sum(len(shard["tokens"]) for shard in self._shards[part])
+        self._per_shard = max(self.meta["shard_sequences"], 1)
+        self._shards: dict[str, dict[int, dict[str, np.ndarray]]] = {part: {} for part in PARTS}
+        self._finished = dict.fromkeys(PARTS, 0)
+        for part in () if partial else PARTS:
+            found = sum(len(self._shard(part, number)["tokens"]) for number in range(len(self._names(part))))
             if found != self.size(part):
                 raise StageError(
                     f"{self.folder}: {found} sequences in part {part!r}, {DESCRIPTION} says {self.size(part)}"
                 )
 
     def size(self, part: str = "train") -> int:
-        """Number of sequences in a part (`train` or `tune`)."""
+        """Number of sequences in a part (`train` or `tune`), those that are still to be written included."""
         return self.meta["parts"][part]["sequences"]
+
+    def ready(self, part: str = "train") -> int:
+        """Number of sequences that can be read from the start of a part without a gap, as of now."""
+        if not self.partial:
+            return self.size(part)
+        names = self._names(part)
+        while self._finished[part] < len(names) and note_of(self.folder / names[self._finished[part]]).exists():
+            self._finished[part] += 1
+        return min(self._finished[part] * self._per_shard, self.size(part))
 
     def batch(self, rows: Sequence[int] | np.ndarray, part: str = "train", device: Any = "cpu") -> TeacherBatch:
         """The given sequences of a part, in the order given.
 
         Raises:
             IndexError: if a row is not in [0, size(part)).
+            StageError: if a row's shard is not written yet.
         """
         import torch
 
         rows = np.asarray(rows, dtype=np.int64)
         if rows.size and (rows.min() < 0 or rows.max() >= self.size(part)):
             raise IndexError(f"part {part!r} has rows 0 ... {self.size(part) - 1}, not {rows.tolist()}")
-        per_shard = max(self.meta["shard_sequences"], 1)
-        found: dict[str, Tensor] = {}
-        for name in ("tokens", "ids", "logits", "negatives", "negative_logits", "lse"):
-            picked = np.stack([self._shards[part][row // per_shard][name][row % per_shard] for row in rows])
-            wanted = np.float32 if picked.dtype.kind == "f" else np.int64
-            found[name] = torch.from_numpy(picked.astype(wanted)).to(device)
-        base = found["lse"].unsqueeze(-1)
-        has_negatives = found["negatives"].shape[-1] > 0
+        numbers, offsets = (array.tolist() for array in np.divmod(rows, self._per_shard))
+        places = [(self._shard(part, number), offset) for number, offset in zip(numbers, offsets, strict=True)]
+
+        def stacked(name: str) -> np.ndarray:
+            return np.stack([shard[name][offset] for shard, offset in places])
+
+        def tensor(array: np.ndarray, kind: type) -> Tensor:
+            return torch.from_numpy(array.astype(kind, copy=False)).to(device)
+
+        ids = tensor(unpack_ids(stacked("ids"), stacked("ids_upper"), self.vocabulary), np.int64)
+        lse = tensor(stacked("lse"), np.float32)
+        negatives = tensor(stacked("negatives"), np.int64)
+        negative_logits = tensor(stacked("negative_logits"), np.float32) if negatives.shape[-1] else None
+        starts = np.unpackbits(stacked("starts"), axis=-1, count=self.seq_len, bitorder="little")
         return TeacherBatch(
-            tokens=found["tokens"],
-            ids=found["ids"],
-            logits=found["logits"] + base,
-            negatives=offsets_to_ids(found["negatives"], found["ids"], self.vocabulary),
-            negative_logits=found["negative_logits"] + base if has_negatives else None,
-            lse=found["lse"],
+            tokens=tensor(stacked("tokens"), np.int64),
+            ids=ids,
+            logits=tensor(stacked("logits"), np.float32).add_(lse.unsqueeze(-1)),
+            negatives=offsets_to_ids(negatives, ids, self.vocabulary),
+            negative_logits=None if negative_logits is None else negative_logits.add_(lse.unsqueeze(-1)),
+            lse=lse,
             vocabulary=self.vocabulary,
+            starts=tensor(starts, np.bool_),
         )
+
+    def _names(self, part: str) -> Sequence[str]:
+        return self.meta["parts"][part]["shards"]
+
+    def _shard(self, part: str, number: int) -> dict[str, np.ndarray]:
+        """Tensor name -> array of a shard, which is opened the first time.
+
+        Raises:
+            StageError: if it is not written yet, or damaged.
+        """
+        shard = self._shards[part].get(number)
+        if shard is None:
+            name = self._names(part)[number]
+            if self.partial and not note_of(self.folder / name).exists():
+                raise StageError(
+                    f"{self.folder}: {name} is not written yet; of part {part!r} the first {self.ready(part)} of "
+                    f"{self.size(part)} sequences can be read so far"
+                )
+            shard = self._shards[part][number] = self._open(name)
+        return shard
 
     def _open(self, name: str) -> dict[str, np.ndarray]:
         path = self.folder / name
@@ -159,5 +234,8 @@ def _read_description(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise StageError(f"{folder} is no teacher cache: {error}") from None
     if meta.get("format") != FORMAT:
-        raise StageError(f"{path}: format {meta.get('format')!r}; this version reads format {FORMAT}")
+        raise StageError(
+            f"{path}: `format` is {meta.get('format')!r}, and this version reads {FORMAT}; "
+            "make the cache anew: `a1q run` does it by itself"
+        )
     return meta

@@ -46,7 +46,7 @@ def exact_loss(logits: Tensor, teacher: Tensor, batch: TeacherBatch, **terms: An
     partition = torch.logsumexp(scaled, dim=-1)
     shares = (scaled - partition.unsqueeze(-1)).exp_()
     gap = (shares * (scaled - logits / wanted.temperature)).sum(-1) - partition
-    return exact_loss_of(partitions, picked, gap, wanted)
+    return exact_loss_of(partitions, picked, gap, wanted, batch.continues)
 
 
 def exact_loss_of(

@@ -54,7 +54,7 @@ class Terms:
     hard_top1: float = 0.0
     """Weight of the cross-entropy with the teacher's most probable token."""
     hard_full: float = 0.0
-    """Weight of the cross-entropy with the text's next token, over the positions that have one."""
+    """Weight of the cross-entropy with the text's next token, over the positions that have one in their document."""
     tail: str = "negatives"
     """What becomes of the vocabulary outside the cached top-k; see the top of this file."""
 
@@ -149,7 +149,7 @@ def loss_of(
     top, negatives, target = picked.split([kept, sampled, 1], dim=-1)
     student_top, student_negatives = top / temperature - partition, negatives / temperature - partition
     kl = temperature**2 * _divergences(batch, terms, student_top, student_negatives).mean()
-    return total_of(kl, partitions[-1], top[..., 0], target[..., 0], terms)
+    return total_of(kl, partitions[-1], top[..., 0], target[..., 0], terms, batch.continues)
 
 
 def total_of(

@@ -2,22 +2,24 @@
 
 Shards are written one by one into a scratch folder, each durably and with its digest, and moved to the artifact at the
 end. What a shard holds depends on the seed and its own number only, so a run that was killed computes the missing
-ones and ends with the same bytes as one that never was.
+ones and ends with the same bytes as one that never was, and several processes with one.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from a1q.distill.cache import PARTS, id_bytes
+from a1q.distill.cache import PARTS, note_of, token_bytes
+from a1q.distill.largest import largest
 from a1q.distill.negatives import draw_offsets, offset_bytes, offsets_to_ids
+from a1q.distill.packed_ids import pack_ids
 from a1q.engine.artifact import sha256_file
 from a1q.engine.files import copy_file, fsync_path, write_atomic
 from a1q.errors import StageError
@@ -26,8 +28,10 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-FEW = 64
-"""Up to one in so many, torch.topk keeps a short sorted list instead, which is fast."""
+PIECE = 1 << 21
+"""Logits looked at together on the CPU, whose caches hold them from the sum to the choice of the largest."""
+WIDE_PIECE = 1 << 27
+"""The same elsewhere."""
 UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.int32}
 """Type of a stored id or offset, by its bytes."""
 
@@ -39,8 +43,9 @@ def shard_names(part: str, sequences: int, shard_sequences: int) -> list[str]:
 
 def write_shards(
     model: torch.nn.Module,
-    parts: dict[str, np.ndarray],
+    parts: Mapping[str, np.ndarray],
     *,
+    starts: Mapping[str, np.ndarray] | None = None,
     folder: Path,
     top_k: int,
     random_negatives: int,
@@ -51,19 +56,28 @@ def write_shards(
     autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
     progress: Callable[[int, int], None] = lambda done, total: None,
     log: Callable[[str], None] = lambda message: None,
+    process: int = 0,
+    processes: int = 1,
 ) -> dict[str, list[str]]:
-    """Write every shard that `folder` doesn't hold undamaged yet.
+    """Write every shard that `folder` doesn't hold undamaged yet, or this process's share of them.
+
+    With several processes at one folder, each writes shards of its own alone. When all have returned, or died, one
+    call with the defaults checks everything and writes what is missing.
 
     Args:
         model: a causal language model; `model(input_ids=...).logits` is [B, L, V].
         parts: part name (`train`, `tune`) -> tokens, integers [n, L].
+        starts: part name -> bool [n, L], where documents begin; None: every sequence is a document of its own.
         folder: where shards of an earlier attempt with the same arguments may lie.
         batch: sequences per forward pass; a batch never crosses a shard.
         autocast: makes the context of one forward pass.
-        progress: called with (sequences done, sequences in all) after every batch and every shard found finished.
+        progress: called with (sequences done, sequences in all), of this process's share, after every batch and every
+            shard found finished.
+        process: number of this process, below `processes`.
+        processes: how many share the work; of both parts' shards in order, process r takes number r, r + processes, ...
 
     Returns:
-        Part name -> the names of its shards.
+        Part name -> the names of its shards, whichever process writes them.
 
     Raises:
         StageError: if the teacher's logits aren't finite.
@@ -71,24 +85,29 @@ def write_shards(
     import torch
 
     folder.mkdir(parents=True, exist_ok=True)
-    total, done = sum(len(tokens) for tokens in parts.values()), 0
     names = {part: shard_names(part, len(parts[part]), shard_sequences) for part in PARTS}
+    every = [(part, number) for part in PARTS for number in range(len(names[part]))]
+    share = every[process::processes]
+    rows = {place: slice(place[1] * shard_sequences, (place[1] + 1) * shard_sequences) for place in share}
+    total, done = sum(len(parts[place[0]][rows[place]]) for place in share), 0
     model.eval()
-    for part in PARTS:
-        for number, name in enumerate(names[part]):
-            tokens = parts[part][number * shard_sequences : (number + 1) * shard_sequences]
-            if _is_finished(folder / name, log):
-                done += len(tokens)
-                progress(done, total)
-                continue
-            generator = torch.Generator().manual_seed(_shard_seed(seed, name))
-            answers = []
-            for first in range(0, len(tokens), batch):
-                ids = torch.from_numpy(tokens[first : first + batch].astype(np.int64)).to(device)
-                answers.append(ask_teacher(model, ids, top_k, random_negatives, generator, autocast))
-                done += len(ids)
-                progress(done, total)
-            _save_shard(folder / name, {key: np.concatenate([item[key] for item in answers]) for key in answers[0]})
+    for part, number in share:
+        name, tokens = names[part][number], parts[part][rows[part, number]]
+        if _is_finished(folder / name, log):
+            done += len(tokens)
+            progress(done, total)
+            continue
+        generator = torch.Generator().manual_seed(_shard_seed(seed, name))
+        answers = []
+        for first in range(0, len(tokens), batch):
+            ids = torch.from_numpy(tokens[first : first + batch].astype(np.int64)).to(device)
+            answers.append(ask_teacher(model, ids, top_k, random_negatives, generator, autocast))
+            done += len(ids)
+            progress(done, total)
+        arrays = {key: np.concatenate([item[key] for item in answers]) for key in answers[0]}
+        begins = starts[part][rows[part, number]] if starts is not None else np.arange(tokens.shape[1]) == 0
+        begins = np.packbits(np.broadcast_to(begins, tokens.shape), axis=-1, bitorder="little")
+        _save_shard(folder / name, {**arrays, "starts": begins})
     return names
 
 
@@ -100,7 +119,7 @@ def ask_teacher(
     generator: torch.Generator,
     autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> dict[str, np.ndarray]:
-    """One forward pass over tokens [B, L], as the arrays of a shard (see `a1q.distill.cache`).
+    """One forward pass over tokens [B, L], as the arrays of a shard (see `a1q.distill.cache`), less `starts`.
 
     Raises:
         StageError: if a logit isn't finite.
@@ -108,47 +127,47 @@ def ask_teacher(
     import torch
 
     with torch.inference_mode(), autocast():
-        logits = model(input_ids=tokens, use_cache=False).logits.float()
+        logits = model(input_ids=tokens, use_cache=False).logits.flatten(0, 1)
     vocabulary = logits.shape[-1]
+    offsets = draw_offsets((*tokens.shape, random_negatives), vocabulary - top_k, generator)
+    at_once = max((PIECE if logits.device.type == "cpu" else WIDE_PIECE) // vocabulary, 1)
+    places = offsets.flatten(0, 1).to(tokens.device).split(at_once)
     with torch.inference_mode():
-        lse = torch.logsumexp(logits, dim=-1)
-        if not torch.isfinite(lse).all():
-            raise StageError(
-                "the teacher's logits are not finite; is its checkpoint intact, is `runtime.amp` too coarse?"
-            )
-        top, ids = largest(logits, top_k)
-        offsets = draw_offsets((*tokens.shape, random_negatives), vocabulary - top_k, generator)
-        negatives = offsets_to_ids(offsets.to(tokens.device), ids, vocabulary)
-        base = lse.unsqueeze(-1)
-        lowest = torch.finfo(torch.float16).min  # a forbidden token's -inf would give NaN in a loss
-        id_type = UNSIGNED[id_bytes(vocabulary)]
-        offset_type = UNSIGNED[offset_bytes(vocabulary - top_k, random_negatives)]
-        return {
-            "tokens": tokens.cpu().numpy().astype(id_type),
-            "ids": ids.cpu().numpy().astype(id_type),
-            "logits": (top - base).clamp_min(lowest).half().cpu().numpy(),
-            "negatives": offsets.numpy().astype(offset_type),
-            "negative_logits": (logits.gather(-1, negatives) - base).clamp_min(lowest).half().cpu().numpy(),
-            "lse": lse.cpu().numpy(),
-        }
+        pieces = [
+            _answers(piece.float(), place, top_k) for piece, place in zip(logits.split(at_once), places, strict=True)
+        ]
+    answers = (torch.cat(items).unflatten(0, tokens.shape).cpu().numpy() for items in zip(*pieces, strict=True))
+    lse, ids, top, negatives = answers
+    offset_type = UNSIGNED[offset_bytes(vocabulary - top_k, random_negatives)]
+    lower, upper = pack_ids(ids, vocabulary)
+    return {
+        "tokens": tokens.cpu().numpy().astype(UNSIGNED[token_bytes(vocabulary)]),
+        "ids": lower,
+        "ids_upper": upper,
+        "logits": top,
+        "negatives": offsets.numpy().astype(offset_type),
+        "negative_logits": negatives,
+        "lse": lse,
+    }
 
 
-def largest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` largest of the last dimension and their indices (int64), descending, as `torch.topk` has them.
+def _answers(logits: Tensor, offsets: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of positions' logits [N, V] and offsets [N, R]: logsumexp [N], the top-k's ids [N, K] and log-probabilities
+    [N, K] in fp16, and the log-probabilities [N, R] of the negatives.
 
-    On the CPU, unless `count` is a small part of the whole, topk copies all values into pairs to select among them;
-    NumPy's partition takes less than half the time.
+    Raises:
+        StageError: if a logit isn't finite.
     """
     import torch
 
-    vocabulary = logits.shape[-1]
-    if logits.device.type != "cpu" or count * FEW <= vocabulary:
-        top, ids = torch.topk(logits, count, dim=-1)
-        return top, ids
-    first = vocabulary - count
-    ids = torch.from_numpy(np.argpartition(logits.numpy(), first, axis=-1)[..., first:])
-    top, order = logits.gather(-1, ids).sort(dim=-1, descending=True)
-    return top, ids.gather(-1, order)
+    lse = torch.logsumexp(logits, dim=-1)
+    if not torch.isfinite(lse).all():
+        raise StageError("the teacher's logits are not finite; is its checkpoint intact, is `runtime.amp` too coarse?")
+    top, ids = largest(logits, top_k)
+    negatives = logits.gather(-1, offsets_to_ids(offsets, ids, logits.shape[-1]))
+    lowest = torch.finfo(torch.float16).min  # a forbidden token's -inf would give NaN in a loss
+    top, negatives = ((item - lse.unsqueeze(-1)).clamp_min(lowest).half() for item in (top, negatives))
+    return lse, ids, top, negatives
 
 
 def publish_shards(folder: Path, names: dict[str, list[str]], out: Path) -> None:
@@ -163,26 +182,28 @@ def publish_shards(folder: Path, names: dict[str, list[str]], out: Path) -> None
 def _save_shard(path: Path, arrays: dict[str, np.ndarray]) -> None:
     from safetensors.numpy import save_file
 
-    aside = path.with_suffix(".tmp")
-    save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, aside)
-    fsync_path(aside)
-    digest = sha256_file(aside)
-    os.replace(aside, path)
-    write_atomic(_note(path), digest)
+    for left in path.parent.glob(f".{path.name}.*"):
+        left.unlink(missing_ok=True)  # by an earlier attempt: nobody else writes this shard
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, aside)
+        fsync_path(aside)
+        digest = sha256_file(aside)
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    write_atomic(note_of(path), digest)
 
 
 def _is_finished(path: Path, log: Callable[[str], None]) -> bool:
     if not path.exists():
         return False
-    note = _note(path)
+    note = note_of(path)
     if note.exists() and note.read_text(encoding="utf-8") == sha256_file(path):
         return True
     log(f"shard {path.name} of an earlier attempt is incomplete or damaged; computing it anew")
     return False
-
-
-def _note(path: Path) -> Path:
-    return path.with_suffix(".sha256")
 
 
 def _shard_seed(seed: int, name: str) -> int:

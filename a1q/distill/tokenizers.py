@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from a1q.data.sequences import load_tokenizer
 from a1q.engine.artifact import canonical_json, sha256_bytes
@@ -39,3 +41,28 @@ def require_same_tokens(folder: Path, other: Path, path: str) -> None:
         named = ", ".join(f"{token!r} ({mine.get(token)} and {theirs.get(token)})" for token in odd[:3])
         message = f"the two models' tokenizers differ in {len(odd)} tokens: {named}"
         raise MismatchError([Problem(message, path=path, hint="a teacher needs the student's own tokenizer")])
+
+
+def require_cache_of(folder: Path, meta: Mapping[str, Any], path: str) -> None:
+    """Refuse a teacher cache made with another tokenizer than a student's, or with another chat template where its text
+    went through one.
+
+    Args:
+        folder: the student's.
+        meta: of the cache.
+        path: of the option that names the cache.
+
+    Raises:
+        MismatchError: it names the field, `tokenizer` or `chat_template`, and both digests' beginnings.
+    """
+    fields = {"tokenizer": tokenizer_digest(folder)}
+    if meta["chat_template"] is not None:
+        fields["chat_template"] = chat_template_digest(folder) or "none"
+    hint = "make the cache with this model's own (`from` of the `kd` stage), or train the model that it was made with"
+    problems = [
+        Problem(f"`{name}` of the cache is {meta[name][:12]}, the model's is {own[:12]}", path=path, hint=hint)
+        for name, own in fields.items()
+        if own != meta[name]
+    ]
+    if problems:
+        raise MismatchError(problems)

@@ -74,7 +74,8 @@ def _watch(processes: Sequence[subprocess.Popen[bytes]], say: Callable[[str], No
         if lost and time.monotonic() > deadline:
             first.kill()
         time.sleep(0.05)
-    deadline = time.monotonic() + GRACE
+    # The others keep nothing that isn't on disk, and after an error wait for nothing that comes.
+    deadline = time.monotonic() + (0 if first.returncode else GRACE)
     while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
         time.sleep(0.05)
     if first.returncode < 0:

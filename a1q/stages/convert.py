@@ -195,12 +195,15 @@ def _kl_meter(ctx: StageContext, device: Any) -> Any:
     from a1q.distill.cache import TeacherCache
     from a1q.distill.evaluate import evaluate_model
     from a1q.distill.teacher_model import find_teacher
+    from a1q.distill.tokenizers import require_cache_of
     from a1q.models.checkpoint import load_model
 
     cache_artifact = ctx.inputs["teacher"]
     if cache_artifact is None or ctx.config.kl_sequences == 0:
         return None
-    cache = TeacherCache(cache_artifact.path)
+    cache, model = TeacherCache(cache_artifact.path), ctx.inputs["model"]
+    assert model is not None
+    require_cache_of(model.path, cache.meta, f"stages.{ctx.id}.teacher")
     count = min(ctx.config.kl_sequences, cache.size("tune"))
     tokens = cache.batch(numpy.arange(count), "tune").tokens.numpy()
     teacher = load_model(find_teacher(cache_artifact, ctx.inputs.get("teacher_model")), device=device)

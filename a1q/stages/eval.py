@@ -9,7 +9,6 @@ from typing import Any
 
 from a1q.engine.artifact import Artifact
 from a1q.engine.stage import Outcome, PlanContext, Stage, StageContext
-from a1q.errors import MismatchError, Problem
 from a1q.models.view import ModelView
 from a1q.quant.bits import bpw, bpw_model
 
@@ -116,15 +115,13 @@ def _load_teacher(ctx: StageContext, model: Artifact, device: Any) -> Any:
     """The model behind the cache of `against`, or None.
 
     Raises:
-        MismatchError: if it isn't found unchanged, or speaks about other tokens than `model`.
+        MismatchError: if it isn't found unchanged, or `model` has another tokenizer or chat template.
     """
     from a1q.distill.teacher_model import load_teacher
-    from a1q.distill.tokenizers import tokenizer_digest
+    from a1q.distill.tokenizers import require_cache_of
 
     cache = ctx.inputs.get("teacher")
     if cache is None:
         return None
-    if tokenizer_digest(model.path) != cache.meta["tokenizer"]:
-        message = "the model's tokenizer is not the one that the teacher cache was made with"
-        raise MismatchError([Problem(message, path=f"stages.{ctx.id}.against")])
+    require_cache_of(model.path, cache.meta, f"stages.{ctx.id}.against")
     return load_teacher(cache, ctx.inputs.get("teacher_model"), device)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-import json
+import shutil
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from a1q.distill.cache import DESCRIPTION, FORMAT, position_bytes
+from a1q.distill.cache import DESCRIPTION, FORMAT, sequence_bytes, write_description
 from a1q.engine.stage import Outcome, PlanContext, Stage, StageContext
+
+if TYPE_CHECKING:
+    from a1q.data import Sequences
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,8 @@ class KdConfig:
 class KdStage(Stage):
     """Write a teacher cache; `a1q.distill.cache` says what is in it."""
 
+    version = 2
+    parallel = True
     Config = KdConfig
 
     def plan(self, ctx: PlanContext) -> Outcome:
@@ -60,7 +66,7 @@ class KdStage(Stage):
             return Outcome()
         length = ctx.data[ctx.config.data].config["seq_len"]
         sequences = cache.sequences + cache.tune_sequences
-        size = sequences * length * position_bytes(vocabulary, cache.top_k, cache.random_negatives)
+        size = sequences * sequence_bytes(vocabulary, length, cache.top_k, cache.random_negatives)
         return Outcome(
             view={
                 "vocabulary": vocabulary,
@@ -73,7 +79,7 @@ class KdStage(Stage):
                 "config": teacher.config,
             },
             disk_bytes=size,
-            memory_bytes=4 * teacher.parameters + 3 * 4 * ctx.config.batch * length * vocabulary,
+            memory_bytes=4 * teacher.parameters + 4 * ctx.config.batch * length * vocabulary,
             notes=(
                 f"{cache.sequences} + {cache.tune_sequences} sequences of {length} tokens, "
                 f"{size / (sequences * length):.0f} bytes per token, {size / 1e6:,.0f} MB",
@@ -81,17 +87,21 @@ class KdStage(Stage):
         )
 
     def run(self, ctx: StageContext) -> None:
-        """Ask, shard by shard; a killed run goes on at its first missing shard."""
+        """Ask, shard by shard; a killed run goes on at its first missing shard.
+
+        The description stands in the scratch folder before the first shard does: `TeacherCache(..., partial=True)`.
+        """
         import numpy as np
 
-        from a1q.data import token_sequences
-        from a1q.distill.teacher import publish_shards, write_shards
+        from a1q.data import Sequences, read_sequences
+        from a1q.distill.teacher import publish_shards, shard_names, write_shards
         from a1q.distill.teacher_model import note_teacher
         from a1q.distill.tokenizers import chat_template_digest, require_same_tokens, tokenizer_digest
         from a1q.models.checkpoint import load_model
         from a1q.training.device import autocast, prepare_torch
 
-        device = prepare_torch(ctx.runtime, ctx.seed)
+        world = ctx.world
+        device = prepare_torch(ctx.runtime, ctx.seed, world)
         config, cache, entry = ctx.config, ctx.config.cache, ctx.data[ctx.config.data]
         student, larger = ctx.inputs["model"], ctx.inputs.get("teacher_model")
         assert student is not None
@@ -99,14 +109,38 @@ class KdStage(Stage):
         if larger is not None:
             require_same_tokens(student.path, larger.path, f"stages.{ctx.id}.model")
         length = entry.config["seq_len"]
-        parts = {"tune": np.zeros((0, length), np.int32)}
-        for part, count in (("train", cache.sequences), ("tune", cache.tune_sequences)):
-            if count:
-                parts[part] = token_sequences(entry.config, student.path, part, length, count, ctx.seed)
+        text = read_sequences(entry.config, student.path, "train", length, cache.sequences, ctx.seed)
+        found = {"train": shuffled(text, ctx.seed)}
+        if cache.tune_sequences:
+            found["tune"] = read_sequences(entry.config, student.path, "tune", length, cache.tune_sequences, ctx.seed)
+        else:
+            found["tune"] = Sequences(np.zeros((0, length), np.int32), np.zeros((0, length), bool), False)
+        parts = {part: item.tokens for part, item in found.items()}
+        templated = any(item.templated for item in found.values())
         model = load_model(teacher.path, device=device)
+        if world.leads:
+            ctx.meta.update(teacher=note_teacher(teacher, ctx.out))
+        ctx.meta.update(
+            format=FORMAT,
+            vocabulary=model.config.vocab_size,
+            seq_len=length,
+            top_k=cache.top_k,
+            random_negatives=cache.random_negatives,
+            shard_sequences=cache.shard_sequences,
+            parts={
+                part: {"sequences": len(tokens), "shards": shard_names(part, len(tokens), cache.shard_sequences)}
+                for part, tokens in parts.items()
+            },
+            tokenizer=tokenizer_digest(teacher.path),
+            chat_template=chat_template_digest(student.path) if templated else None,
+            data={"name": entry.name, "digest": entry.digest},
+        )
+        if world.leads:
+            write_description(ctx.scratch, ctx.meta)
         names = write_shards(
             model,
             parts,
+            starts={part: item.starts for part, item in found.items()},
             folder=ctx.scratch,
             top_k=cache.top_k,
             random_negatives=cache.random_negatives,
@@ -117,22 +151,25 @@ class KdStage(Stage):
             autocast=functools.partial(autocast, ctx.runtime),
             progress=lambda done, total: ctx.progress(done, total, tokens=done * length),
             log=ctx.log,
+            process=world.rank,
+            processes=world.size,
         )
+        world.wait()
+        if not world.leads:
+            return
         publish_shards(ctx.scratch, names, ctx.out)
-        ctx.meta.update(
-            format=FORMAT,
-            vocabulary=model.config.vocab_size,
-            seq_len=length,
-            top_k=cache.top_k,
-            random_negatives=cache.random_negatives,
-            shard_sequences=cache.shard_sequences,
-            parts={part: {"sequences": len(parts[part]), "shards": names[part]} for part in names},
-            teacher=note_teacher(teacher, ctx.out),
-            tokenizer=tokenizer_digest(teacher.path),
-            chat_template=chat_template_digest(teacher.path),
-            data={"name": entry.name, "digest": entry.digest},
-        )
-        (ctx.out / DESCRIPTION).write_text(json.dumps(ctx.meta, indent=2, sort_keys=True), encoding="utf-8")
+        shutil.copyfile(ctx.scratch / DESCRIPTION, ctx.out / DESCRIPTION)
         size = sum(path.stat().st_size for path in ctx.out.glob("*.safetensors"))
         tokens = sum(part.size for part in parts.values())
         ctx.metrics.update(sequences=len(parts["train"]), tokens=tokens, bytes=size, bytes_per_token=size / tokens)
+
+
+def shuffled(text: Sequences, seed: int) -> Sequences:
+    """The sequences in an order drawn from the seed: who reads the first shards alone reads of the whole text.
+
+    Without it, those of a long document would follow each other.
+    """
+    import numpy as np
+
+    order = np.random.default_rng(seed).permutation(len(text.tokens))
+    return dataclasses.replace(text, tokens=text.tokens[order], starts=text.starts[order])

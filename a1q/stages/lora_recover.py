@@ -121,6 +121,7 @@ class LoraRecoverStage(Stage):
         """
         from a1q.distill.cache import TeacherCache
         from a1q.distill.teacher_model import load_teacher
+        from a1q.distill.tokenizers import require_cache_of
         from a1q.models.checkpoint import load_model, save_model
         from a1q.quant.module import quantized_modules
         from a1q.training.adapters import save_peft_adapter
@@ -131,6 +132,8 @@ class LoraRecoverStage(Stage):
         config, source, teacher = ctx.config, ctx.inputs["model"], ctx.inputs["teacher"]
         assert source is not None and teacher is not None
         device = prepare_torch(ctx.runtime, ctx.seed, ctx.world)
+        cache = TeacherCache(teacher.path)
+        require_cache_of(source.path, cache.meta, f"stages.{ctx.id}.objective.kd")
         model = load_model(source.path, device=device)
         modules = dict(quantized_modules(model))
         selected = select_modules(modules, ctx.groups, config.groups)
@@ -140,7 +143,7 @@ class LoraRecoverStage(Stage):
         latents = set_aside_latents(modules)
         objective = Distillation(
             model,
-            TeacherCache(teacher.path),
+            cache,
             config.objective,
             config.batch,
             ctx.runtime,
@@ -151,7 +154,7 @@ class LoraRecoverStage(Stage):
         if objective.held_out() is None:
             raise StageError("the teacher cache has no held-out part to judge a recovery by: raise `tune_sequences`")
         identity = {"model": source.digest, "teacher": teacher.digest}
-        with told_what_to_lower(config.batch.sequences, config.batch.accumulate, objective.cache.seq_len, None):
+        with told_what_to_lower(config.batch.sequences, config.batch.accumulate, cache.seq_len, None):
             _train_adapters(ctx, objective, chosen, identity)
             helped = config.merge != "refit" or _refit(ctx, objective, chosen, latents, identity)
         if not ctx.world.leads:

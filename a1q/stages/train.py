@@ -117,6 +117,7 @@ class TrainStage(Stage):
         """
         from a1q.distill.cache import TeacherCache
         from a1q.distill.teacher_model import load_teacher
+        from a1q.distill.tokenizers import require_cache_of
         from a1q.models.checkpoint import load_model, save_model
         from a1q.quant.module import quantized_modules
         from a1q.training.device import prepare_torch, recompute_layers
@@ -130,6 +131,8 @@ class TrainStage(Stage):
         if config.keep_every and ctx.runtime.shard and not ctx.world.alone:
             raise MismatchError("`keep_every` writes whole models, and `runtime.shard` splits them: leave one out")
         device = prepare_torch(ctx.runtime, ctx.seed, ctx.world)
+        cache = TeacherCache(teacher.path)
+        require_cache_of(source.path, cache.meta, f"stages.{ctx.id}.objective.kd")
         model = load_model(source.path, device=device)
         modules = dict(quantized_modules(model))
         chosen = select_modules(modules, ctx.groups, config.groups)
@@ -147,7 +150,7 @@ class TrainStage(Stage):
         groups, state = parameter_groups(model, chosen.values(), config.trainable, vars(config.lr))
         objective = Distillation(
             model,
-            TeacherCache(teacher.path),
+            cache,
             config.objective,
             config.batch,
             ctx.runtime,
@@ -170,7 +173,7 @@ class TrainStage(Stage):
                 modules[name].drop_latent()
 
         kept, batch = KeptSteps(ctx.scratch, save), config.batch
-        with told_what_to_lower(batch.sequences, batch.accumulate, objective.cache.seq_len, config.recompute):
+        with told_what_to_lower(batch.sequences, batch.accumulate, cache.seq_len, config.recompute):
             result = run_loop(
                 ctx,
                 parameter_groups=groups,

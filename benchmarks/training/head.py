@@ -54,7 +54,14 @@ def measure(head: str, way: str, rounds: int) -> dict[str, Any]:
     values = torch.randn(*places, TOP_K + NEGATIVES) - 12
     tokens, lse = torch.randint(VOCABULARY, places), torch.zeros(places)
     batch = TeacherBatch(
-        tokens, ids[..., :TOP_K], values[..., :TOP_K], ids[..., TOP_K:], values[..., TOP_K:], lse, VOCABULARY
+        tokens,
+        ids[..., :TOP_K],
+        values[..., :TOP_K],
+        ids[..., TOP_K:],
+        values[..., TOP_K:],
+        lse,
+        VOCABULARY,
+        starts=tokens < 0,
     )
     states = torch.randn(*places, HIDDEN).requires_grad_()
     trained = [part for part in module.parameters() if part.requires_grad]

@@ -1,10 +1,11 @@
+import itertools
 import json
 from pathlib import Path
 
 import numpy
 import pytest
 
-from a1q.data import token_sequences
+from a1q.data import read_sequences, token_sequences
 from a1q.data.bpe import END, END_TURN, token_bytes, train_tokenizer
 from a1q.data.sequences import load_tokenizer
 from a1q.errors import MismatchError, StageError
@@ -35,6 +36,22 @@ def test_blocks_are_the_documents_joined_by_the_end_token(tokenizer: Path, entry
     assert len(pieces) > 100
     known = {sentence(number) for number in range(200)}
     assert set(pieces[:-1]) <= known
+
+
+def test_starts_are_where_documents_begin(tokenizer: Path, tmp_path: Path):
+    """Also where a document holds the end-of-text token itself, or is longer than sequences are."""
+    texts = [sentence(number) + END + sentence(number + 1) for number in range(30)]
+    texts += [" ".join(sentence(part) for part in range(20)) + f" {number}" for number in range(30)]
+    path = tmp_path / "odd.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    found = read_sequences({"source": str(path), "holdout": 1e-9}, tokenizer, "train", 16, None, 7)
+    assert found.starts.dtype == bool and found.starts.shape == found.tokens.shape and not found.templated
+    flat, begins = found.tokens.reshape(-1), numpy.flatnonzero(found.starts)
+    encoder, end = load_tokenizer(tokenizer)
+    assert begins[0] == 0 and len(begins) > 50
+    for first, last in itertools.pairwise(begins):
+        assert flat[last - 1] == end
+        assert encoder.decode(flat[first : last - 1].tolist(), skip_special_tokens=False) in texts
 
 
 def test_the_order_is_the_seeds_and_prefixes_agree(tokenizer: Path, entry: dict):

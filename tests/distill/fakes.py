@@ -1,10 +1,18 @@
-"""A stand-in for a language model: logits are a fixed function of the tokens, cheap and the same everywhere."""
+"""A stand-in for a language model: logits are a fixed function of the tokens, cheap and the same everywhere.
 
+`python -m tests.distill.fakes FOLDER PROCESS PROCESSES [die]` writes one process's share of a cache, or is killed while
+it writes its first shard.
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 
-from a1q.distill.cache import PARTS
+from a1q.distill.cache import FORMAT, PARTS
 from a1q.distill.teacher import write_shards
 
 
@@ -19,6 +27,18 @@ class TableModel(torch.nn.Module):
     def forward(self, input_ids, use_cache=False):
         self.calls += 1
         return SimpleNamespace(logits=self.table[input_ids])
+
+
+class RowModel(torch.nn.Module):
+    """The same for wide vocabularies: one row of distinct logits, shifted by the token."""
+
+    def __init__(self, vocabulary, seed=0):
+        super().__init__()
+        self.table = torch.randperm(vocabulary, generator=torch.Generator().manual_seed(seed)) / vocabulary * 20
+
+    def forward(self, input_ids, use_cache=False):
+        rows = [self.table.roll(token) for token in input_ids.flatten().tolist()]
+        return SimpleNamespace(logits=torch.stack(rows).unflatten(0, input_ids.shape))
 
 
 class Killed(BaseException):
@@ -46,7 +66,7 @@ def write(folder, model, parts, *, top_k=5, random_negatives=7, shard_sequences=
         **more,
     )
     description = {
-        "format": 1,
+        "format": FORMAT,
         "vocabulary": len(model.table),
         "seq_len": parts["train"].shape[1],
         "top_k": top_k,
@@ -56,3 +76,17 @@ def write(folder, model, parts, *, top_k=5, random_negatives=7, shard_sequences=
     }
     (folder / "teacher.json").write_text(json.dumps(description))
     return names
+
+
+def main(folder, process, processes, die=""):
+    """The cache of the tests of the writer."""
+    if die:
+        import a1q.distill.teacher
+
+        a1q.distill.teacher.fsync_path = lambda path: os.kill(os.getpid(), signal.SIGKILL)
+    parts = {"train": random_tokens(10, 6, 40), "tune": random_tokens(3, 6, 40, seed=1)}
+    write(Path(folder), TableModel(40), parts, process=int(process), processes=int(processes))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -14,7 +14,7 @@ from a1q.distill.negatives import draw_offsets, offsets_to_ids
 B, L, V = 2, 7, 60
 
 
-def make_batch(teacher, kept, count, seed=0, tokens=None):
+def make_batch(teacher, kept, count, seed=0, tokens=None, starts=None):
     """What a cache would say about `teacher`, logits [B, L, V] in float64, without the rounding to fp16."""
     vocabulary = teacher.shape[-1]
     generator = torch.Generator().manual_seed(seed)
@@ -24,7 +24,9 @@ def make_batch(teacher, kept, count, seed=0, tokens=None):
     if tokens is None:
         tokens = torch.randint(vocabulary, teacher.shape[:-1], generator=generator)
     values = teacher.gather(-1, negatives) if count else None
-    return TeacherBatch(tokens, ids, top, negatives, values, teacher.logsumexp(-1), vocabulary)
+    if starts is None:
+        starts = torch.zeros_like(tokens, dtype=torch.bool)
+    return TeacherBatch(tokens, ids, top, negatives, values, teacher.logsumexp(-1), vocabulary, starts)
 
 
 def pair(seed=0, distance=0.7, vocabulary=V):
@@ -166,6 +168,30 @@ def test_hard_terms_are_cross_entropies(temperature):
     torch.testing.assert_close(terms["hard_full"], full.detach())
     torch.testing.assert_close(terms["kl"], soft.detach())
     torch.testing.assert_close(loss, soft + 0.3 * top1 + 0.2 * full)
+
+
+def test_the_first_token_of_another_document_is_no_target():
+    """Value and gradient against cross-entropy that is told which targets to ignore."""
+    teacher, student = pair()
+    starts = torch.zeros(B, L, dtype=torch.bool)
+    starts[0, 0] = starts[0, 3] = starts[1, 1] = starts[1, L - 1] = True
+    batch = make_batch(teacher, 6, 12, starts=starts)
+    _, terms = kd_loss(student, batch, hard_full=1.0)
+    targets = batch.tokens[:, 1:].masked_fill(starts[:, 1:], -100)
+    exact = torch.nn.functional.cross_entropy(student[:, :-1].flatten(0, 1), targets.flatten(), ignore_index=-100)
+    torch.testing.assert_close(terms["hard_full"], exact.detach())
+    soft, full = (kd_loss(student, batch, hard_full=weight)[0] for weight in (0.0, 1.0))
+    wanted = torch.autograd.grad(exact, student)
+    torch.testing.assert_close(torch.autograd.grad(full - soft, student), wanted)
+    assert (wanted[0][0, 2] == 0).all() and (wanted[0][0, 1] != 0).any()
+
+
+def test_documents_of_one_token_leave_no_target():
+    teacher, student = pair()
+    batch = make_batch(teacher, 6, 12, starts=torch.ones(B, L, dtype=torch.bool))
+    soft, _ = kd_loss(student, batch)
+    loss, terms = kd_loss(student, batch, hard_full=1.0)
+    assert terms["hard_full"] == 0 and loss == soft
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

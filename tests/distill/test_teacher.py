@@ -1,9 +1,13 @@
+import errno
 import os
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
 
-from a1q.distill.teacher import ask_teacher, largest, publish_shards, shard_names, write_shards
+from a1q.distill.teacher import ask_teacher, publish_shards, shard_names, write_shards
 from a1q.engine.artifact import sha256_file
 from a1q.errors import StageError
 from tests.distill.fakes import Killed, TableModel, random_tokens, write
@@ -120,16 +124,78 @@ def test_logits_that_are_not_finite_are_refused(tmp_path, parts):
     assert not digests(tmp_path)
 
 
-@pytest.mark.parametrize(("vocabulary", "count"), [(500, 64), (500, 1), (500, 500), (5000, 64)])
-def test_largest_is_topk(vocabulary, count):
-    logits = torch.randperm(2 * 3 * vocabulary).reshape(2, 3, vocabulary).float()
-    for found, wanted in zip(largest(logits, count), torch.topk(logits, count, dim=-1), strict=True):
-        assert torch.equal(found, wanted)
-
-
 def test_a_forbidden_token_is_stored_as_a_finite_number(parts):
     model = TableModel(V)
     model.table[:, 7] = -torch.inf
     tokens = torch.from_numpy(parts["train"]).long()
     found = ask_teacher(model, tokens, 3, V - 3, torch.Generator().manual_seed(0))
     assert found["negative_logits"].min() == -65504
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 10**6])
+def test_answers_are_the_same_however_many_positions_are_looked_at_together(parts, monkeypatch, at_once):
+    tokens = torch.from_numpy(parts["train"]).long()
+    monkeypatch.setattr("a1q.distill.teacher.PIECE", at_once * V)
+    found = ask_teacher(TableModel(V), tokens, 3, 5, torch.Generator().manual_seed(0))
+    monkeypatch.undo()
+    wanted = ask_teacher(TableModel(V), tokens, 3, 5, torch.Generator().manual_seed(0))
+    assert found.keys() == wanted.keys()
+    assert all((found[name] == wanted[name]).all() for name in wanted)
+    logits = TableModel(V).table[tokens].double()
+    assert abs(found["lse"] - logits.logsumexp(-1).numpy()).max() < 1e-5
+
+
+@pytest.mark.parametrize("processes", [2, 3, 7])
+def test_every_process_writes_its_share(tmp_path, parts, processes):
+    whole = write(tmp_path / "whole", TableModel(V), parts)
+    seen, models = [], [TableModel(V) for _ in range(processes)]
+    for process, model in enumerate(models):
+        names = write(
+            tmp_path / "shared",
+            model,
+            parts,
+            process=process,
+            processes=processes,
+            progress=lambda *counts, process=process: seen.append((process, *counts)),
+        )
+        assert names == whole
+    assert digests(tmp_path / "shared") == digests(tmp_path / "whole")
+    assert sum(model.calls for model in models) == 7
+    totals = {process: total for process, _, total in seen}
+    assert sum(totals.values()) == 13 and all((process, total, total) in seen for process, total in totals.items())
+
+
+def test_two_processes_at_one_folder_give_the_bytes_of_one(tmp_path, parts):
+    write(tmp_path / "whole", TableModel(V), parts)
+    folder = tmp_path / "shared"
+    commands = [[sys.executable, "-m", "tests.distill.fakes", str(folder), str(number), "2"] for number in range(2)]
+    running = [subprocess.Popen(command) for command in commands]
+    assert [process.wait() for process in running] == [0, 0]
+    assert digests(folder) == digests(tmp_path / "whole")
+    assert {path.suffix for path in folder.iterdir()} == {".safetensors", ".sha256", ".json"}
+    model = TableModel(V)
+    write(folder, model, parts)
+    assert model.calls == 0
+
+
+def test_what_a_killed_process_left_is_computed_by_the_next_start(tmp_path, parts):
+    write(tmp_path / "whole", TableModel(V), parts)
+    folder = tmp_path / "shared"
+    command = [sys.executable, "-m", "tests.distill.fakes", str(folder), "1", "2", "die"]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+    write(folder, TableModel(V), parts, process=0, processes=2)
+    (left,) = folder.glob(".train*")
+    assert left.name.startswith(".train-00001.safetensors.") and len(digests(folder)) == 2
+    write(folder, TableModel(V), parts)
+    assert digests(folder) == digests(tmp_path / "whole")
+    assert not left.exists()
+
+
+def test_a_full_disk_leaves_nothing_behind(tmp_path, parts, monkeypatch):
+    def full(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("a1q.distill.teacher.fsync_path", full)
+    with pytest.raises(OSError, match="No space"):
+        write(tmp_path, TableModel(V), parts)
+    assert not any(tmp_path.iterdir())

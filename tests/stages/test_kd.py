@@ -1,20 +1,23 @@
+import dataclasses
 import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from a1q.data import token_sequences
-from a1q.distill.cache import TeacherCache, position_bytes
+from a1q.data import Sequences, read_sequences
+from a1q.distill.cache import TeacherCache, sequence_bytes
 from a1q.distill.teacher_model import find_teacher
+from a1q.distill.tokenizers import chat_template_digest
 from a1q.engine.artifact import manifest_of, sha256_file
 from a1q.engine.registry import load_registry
 from a1q.errors import MismatchError
 from a1q.models.view import ModelView
 from a1q.recipe.schema import Checker
-from a1q.stages.kd import KdStage
+from a1q.stages.kd import KdStage, shuffled
 from tests.distill.fakes import Killed
 from tests.distill.workspace import as_artifact, make_context, model_artifact, plan_stage, run_stage, write_text
 
@@ -58,15 +61,61 @@ def test_the_cache_holds_what_the_model_says_about_both_sides(cached, student, e
     model = AutoModelForCausalLM.from_pretrained(student.path)
     for part, count in (("train", 10), ("tune", 3)):
         assert cache.size(part) == count
-        tokens = token_sequences(entry.config, student.path, part, 16, count, cached.seed)
+        text = read_sequences(entry.config, student.path, part, 16, count, cached.seed)
+        text = shuffled(text, cached.seed) if part == "train" else text
         batch = cache.batch(range(count), part)
-        assert torch.equal(batch.tokens, torch.from_numpy(tokens).long())
+        assert torch.equal(batch.tokens, torch.from_numpy(text.tokens).long())
+        assert torch.equal(batch.starts, torch.from_numpy(text.starts)) and batch.starts.any()
         with torch.no_grad():
             logits = model(input_ids=batch.tokens).logits
         torch.testing.assert_close(batch.lse, logits.logsumexp(-1), rtol=1e-5, atol=1e-4)
         torch.testing.assert_close(batch.logits, logits.gather(-1, batch.ids), rtol=0, atol=1e-2)
         torch.testing.assert_close(batch.negative_logits, logits.gather(-1, batch.negatives), rtol=0, atol=1e-2)
         torch.testing.assert_close(batch.logits[..., 0], logits.max(-1).values, rtol=0, atol=1e-2)
+
+
+def test_the_first_shards_are_of_the_whole_text():
+    """Also where one document fills many sequences."""
+    tokens = np.arange(400, dtype=np.int32)[:, None].repeat(3, axis=1)
+    starts = (tokens == 7) | (np.arange(3) == 2) & (tokens % 5 == 0)
+    text = Sequences(tokens, starts, False)
+    found = shuffled(text, 3)
+    rows = found.tokens[:, 0]
+    assert sorted(rows) == list(range(400)) and (found.starts == starts[rows]).all()
+    assert np.bincount(rows[:80] // 100, minlength=4).min() >= 12  # 20 expected of each quarter
+    assert (shuffled(text, 3).tokens == found.tokens).all()
+    assert (shuffled(text, 4).tokens != found.tokens).any()
+
+
+def test_the_cache_is_readable_from_the_first_shard_on(cached, student, entry, tmp_path):
+    seen = []
+
+    def look(kind, values):
+        if kind == "progress":
+            cache = TeacherCache(tmp_path / "scratch", partial=True)
+            seen.append((cache.size(), cache.ready(), cache.ready("tune")))
+            if cache.ready():
+                assert torch.equal(cache.batch([0]).ids, TeacherCache(cached.out).batch([0]).ids)
+
+    found = run_stage(KdStage, options(), {"model": student, "teacher_model": None}, entry, tmp_path, emit=look)
+    assert [ready for _, *ready in seen] == [[0, 0], [0, 0], [4, 0], [4, 0], [8, 0], [10, 0], [10, 0]]
+    assert json.loads((tmp_path / "scratch" / "teacher.json").read_text()) == found.meta
+
+
+def test_the_chat_template_is_noted_where_conversations_went_through_it(tmp_path):
+    student = model_artifact(tmp_path / "student")
+    settings = student.path / "tokenizer_config.json"
+    template = "{% for message in messages %}{{ message['role'] + ': ' + message['content'] }}{% endfor %}"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "chat_template": template}))
+    plain = write_text(tmp_path / "text.jsonl")
+    lines = [json.dumps({"question": f"What is the word {n}?", "answer": f"The string {n}."}) for n in range(200)]
+    (tmp_path / "chat.jsonl").write_text("\n".join(lines))
+    chat = dataclasses.replace(plain, config={**plain.config, "source": str(tmp_path / "chat.jsonl")})
+    inputs = {"model": student, "teacher_model": None}
+    of_plain = run_stage(KdStage, options(), inputs, plain, tmp_path / "plain")
+    of_chat = run_stage(KdStage, options(), inputs, chat, tmp_path / "chat")
+    assert of_plain.meta["chat_template"] is None
+    assert of_chat.meta["chat_template"] == chat_template_digest(student.path) is not None
 
 
 def test_meta_names_the_teacher_the_data_and_the_tokenizer(cached, student, entry):
@@ -165,7 +214,7 @@ def view(vocabulary=320):
 def test_plan_predicts_the_size_on_disk(cached):
     outcome, problems = plan_stage(KdStage, options(), {"model": view(), "teacher_model": None})
     assert not problems
-    assert outcome.disk_bytes == 13 * 16 * position_bytes(320, 8, 16)
+    assert outcome.disk_bytes == 13 * sequence_bytes(320, 16, 8, 16)
     size = sum(path.stat().st_size for path in cached.out.glob("*.safetensors"))
     assert outcome.disk_bytes < size < outcome.disk_bytes + 4 * 1000  # four shards' headers
     assert outcome.view["random_negatives"] == 16 and outcome.view["vocabulary"] == 320
@@ -188,7 +237,7 @@ def test_plan_refuses_what_does_not_fit(cache, teacher, path, text):
 
 def test_the_whole_vocabulary_may_be_kept():
     outcome, problems = plan_stage(KdStage, options(cache={"top_k": 320, "random_negatives": 0}), {"model": view()})
-    assert not problems and outcome.disk_bytes == 13 * 16 * (2 + 320 * 4 + 4)
+    assert not problems and outcome.disk_bytes == 13 * (16 * (2 + 320 * 4 + 4) + 2)
 
 
 def test_stages_import_no_torch():

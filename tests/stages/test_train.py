@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import signal
 import subprocess
 import sys
@@ -163,6 +164,17 @@ def test_sigterm_leaves_a_run_that_goes_on(tmp_path: Path, inputs: dict[str, Art
     resumed = train(tmp_path / "stopped", inputs, steps=6)
     assert resumed.metrics["resumed_from"] == 4
     assert (whole.out / "model.safetensors").read_bytes() == (resumed.out / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("stage", ["train", "lora_recover"])
+@pytest.mark.parametrize("field", ["tokenizer", "chat_template"])
+def test_a_cache_of_another_tokenizer_or_template_is_refused(tmp_path: Path, stage: str, field: str) -> None:
+    inputs = build(tmp_path)
+    description = inputs["teacher"].path / "teacher.json"
+    description.write_text(json.dumps({**json.loads(description.read_text()), field: "0123456789abcdef"}))
+    with pytest.raises(MismatchError, match=f"`{field}` of the cache is 0123456789ab, the model's is ") as error:
+        run_stage(stage_context(stage, tmp_path / "run", inputs))
+    assert error.value.problems[0].path == f"stages.{stage}.objective.kd"
 
 
 def test_another_vocabulary_is_refused(tmp_path: Path, inputs: dict[str, Artifact]) -> None:

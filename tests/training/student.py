@@ -39,6 +39,7 @@ def build(
     """Write a 2-bit tiny model and a cache of the dense one's answers; the inputs of a stage that trains."""
     from a1q.distill.cache import DESCRIPTION, FORMAT
     from a1q.distill.teacher import write_shards
+    from a1q.distill.tokenizers import tokenizer_digest
 
     dense, quantized, teacher = folder / "dense", folder / "quantized", folder / "teacher"
     tiny_folder(dense)
@@ -67,6 +68,8 @@ def build(
         "top_k": top_k,
         "random_negatives": random_negatives,
         "shard_sequences": 16,
+        "tokenizer": tokenizer_digest(dense),
+        "chat_template": None,
         "parts": {part: {"sequences": len(parts[part]), "shards": names[part]} for part in parts},
     }
     (teacher / DESCRIPTION).write_text(json.dumps(description), encoding="utf-8")
