@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from a1q.distill.cache import TeacherCache
 from a1q.engine.artifact import Artifact
 from a1q.engine.stage import PlanContext, StageContext
-from a1q.errors import Interrupted, MismatchError
+from a1q.errors import Interrupted, MismatchError, StageError
 from a1q.models.checkpoint import load_model
 from a1q.models.view import ModelView, ModuleView
 from a1q.quant.linear import quantized_modules
@@ -293,3 +295,70 @@ def test_plan_refuses_an_objective_that_contradicts_itself(objective: dict[str, 
 def test_planning_imports_no_torch() -> None:
     code = "import sys, a1q.stages.train, a1q.stages.lora_recover; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_models_on_the_way_are_kept_whole_and_survive_a_resume(tmp_path: Path, inputs: dict[str, Artifact]) -> None:
+    ctx = train(tmp_path, inputs, steps=5, keep_every=2, keep="last", groups=["mlp"])
+    kept = sorted(path.name for path in (ctx.out / "steps").iterdir())
+    assert kept == ["step-00000002", "step-00000004"]
+    short = train(tmp_path / "short", inputs, steps=5, keep_every=4, keep="last", groups=["mlp"])
+    found, same = (read_tensors(each.out / "steps" / "step-00000004") for each in (ctx, short))
+    end = read_tensors(ctx.out)
+    assert found.keys() == same.keys() == end.keys(), "also the latents of what doesn't train"
+    assert all(torch.equal(found[name], tensor) for name, tensor in same.items())
+    assert any(not torch.equal(found[name], tensor) for name, tensor in end.items())
+    assert load_model(ctx.out / "steps" / "step-00000002").config.vocab_size == 320
+
+
+def test_a_start_that_is_not_finite_ends_at_once(tmp_path: Path, inputs: dict[str, Artifact]) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "broken"
+    shutil.copytree(inputs["model"].path, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.a"][3] = torch.nan
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        metadata = file.metadata()
+    save_file(tensors, folder / "model.safetensors", metadata)
+    broken = {**inputs, "model": Artifact("model", folder, "b" * 64)}
+    with pytest.raises(
+        StageError, match=r"nan before the first step; not finite are model\.layers\.0\.mlp\.up_proj\.a"
+    ):
+        train(tmp_path / "run", broken, steps=5)
+
+
+def test_out_of_memory_names_what_to_lower(
+    tmp_path: Path, inputs: dict[str, Artifact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from a1q.training.distillation import Distillation
+
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(Distillation, "loss_of", full)
+    with pytest.raises(StageError) as caught:
+        train(tmp_path, inputs, steps=5, batch={"sequences": 6, "accumulate": 2})
+    text = str(caught.value)
+    for part in (
+        "`batch.sequences` from 6 to 3 (with `batch.accumulate` from 2 to 4",
+        "`recompute` from false to true",
+        "`seq_len` from 16 to 8",
+    ):
+        assert part in text
+
+
+def test_a_step_larger_than_the_cache_is_refused() -> None:
+    problems: list[tuple[str, str]] = []
+    view = ModelView(
+        {"model.a": ModuleView("model.a", (8, 8), state="quantized", scheme={"scheme": "lut", "bits": 2})}, 64, {}
+    )
+    ctx = PlanContext(
+        "t",
+        stage_config("train", {"objective": {"kd": "teacher"}, "batch": {"sequences": 8, "accumulate": 3}}),
+        {"model": view, "teacher": {"sequences": 20}},
+        GROUPS,
+        {},
+        lambda path, message, hint, mismatch: problems.append((path, message)),
+    )
+    TrainStage().plan(ctx)
+    assert ("batch.sequences", "a step reads 8 x 3 sequences, and the teacher cache has 20") in problems
