@@ -10,6 +10,8 @@ import sys
 import torch
 from torch import Tensor
 
+from a1q.quant.opaque import opaque
+
 FLOOR = 1e-12
 """Least |scale| in the division that assigns indices. The forward pass has no floor."""
 FP16_MAX = 65504.0
@@ -25,6 +27,7 @@ CELLS, CROWD = 32, 4
 """Of `_in_cells`: cells per edge, and the most edges that may share one."""
 
 
+@opaque("nearest", lambda values, lut: torch.empty_like(values, dtype=torch.uint8))
 def nearest(values: Tensor, lut: Tensor) -> Tensor:
     """Index uint8 [out, in] of the entry of `lut` [n, L] nearest to each of `values` [out, in].
 
@@ -126,16 +129,14 @@ def _look_up_in_pairs(lut: Tensor, indices: Tensor, out: Tensor) -> Tensor:
 
 def sums_per_entry(indices: Tensor, values: Tensor, lut: Tensor) -> Tensor:
     """Sum of `values` [out, in] over the places that use each entry: [n, L], in the type of `values`."""
-    bins = lut.numel()
-    if values.device.type == "cpu" and len(lut) == 1:
-        parts = zip(indices.reshape(-1).split(BLOCK), values.reshape(-1).split(BLOCK), strict=True)
-        total = sum(torch.bincount(places.int(), part, bins).double() for places, part in parts)
-        return torch.as_tensor(total).to(values.dtype).reshape(lut.shape)
-    flat = _flat(lut, indices)
-    if values.device.type == "cpu":
-        return torch.bincount(flat, values.reshape(-1), bins).to(values.dtype).reshape(lut.shape)
-    # bincount has no deterministic form on CUDA; index_add_ has one.
-    return values.new_zeros(bins).index_add_(0, flat, values.reshape(-1)).reshape(lut.shape)
+    if values.device.type != "cpu" or torch.compiler.is_compiling():
+        # bincount has no deterministic form on CUDA, and none of a known size; index_add_ has both.
+        flat = _flat(lut, indices)
+        return values.new_zeros(lut.numel()).index_add_(0, flat, values.reshape(-1)).reshape(lut.shape)
+    flat = indices.reshape(-1) if len(lut) == 1 else _flat(lut, indices)
+    parts = zip(flat.split(BLOCK), values.reshape(-1).split(BLOCK), strict=True)
+    total = sum(torch.bincount(places.int(), part, lut.numel()).double() for places, part in parts)
+    return torch.as_tensor(total).to(values.dtype).reshape(lut.shape)
 
 
 def round_fp16(tensor: Tensor) -> Tensor:

@@ -84,7 +84,8 @@ class _TableProduct(torch.autograd.Function):
         # y is kept alive by what follows in most models, and tells the product wherever a is not zero. Asking that of
         # another device would make this one wait for it.
         a_wanted = ctx.needs_input_grad[3]
-        ctx.by_result = x.device.type == "cpu" and a_wanted and product.dtype == a.dtype and bool((a != 0).all())
+        looks = a_wanted and x.device.type == "cpu" and not torch.compiler.is_compiling()
+        ctx.by_result = looks and product.dtype == a.dtype and bool((a != 0).all())
         kept = None
         if a_wanted and not ctx.by_result:
             kept, y = product, (product * a).to(kind)
