@@ -27,7 +27,7 @@ def exact_loss(logits: Tensor, teacher: Tensor, batch: TeacherBatch, **terms: An
     Args:
         logits: the student's, [B, L, V].
         teacher: the teacher's, [B, L, V]; they get no gradient.
-        batch: its tokens alone count.
+        batch: its tokens alone count, and where documents begin.
         terms: the fields of `Terms`; `tail` says nothing here.
 
     Raises:

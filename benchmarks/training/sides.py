@@ -96,6 +96,7 @@ def model_step(
         negative_logits=values[..., TOP_K:],
         lse=torch.zeros(places, device=device),
         vocabulary=VOCABULARY,
+        starts=torch.zeros(places, dtype=torch.bool, device=device),
     )
     head, terms = head_of(student), Terms()
     assert head is not None
