@@ -125,13 +125,14 @@ class LoraRecoverStage(Stage):
         from a1q.models.checkpoint import load_model, save_model
         from a1q.quant.module import quantized_modules
         from a1q.training.adapters import save_peft_adapter
-        from a1q.training.device import prepare_torch
+        from a1q.training.device import note_rounding, prepare_torch
         from a1q.training.memory import told_what_to_lower
         from a1q.training.parameters import select_modules, set_aside_latents
 
         config, source, teacher = ctx.config, ctx.inputs["model"], ctx.inputs["teacher"]
         assert source is not None and teacher is not None
         device = prepare_torch(ctx.runtime, ctx.seed, ctx.world)
+        note_rounding(ctx, config.straight_through_fp16)
         cache = TeacherCache(teacher.path)
         require_cache_of(source.path, cache.meta, f"stages.{ctx.id}.objective.kd")
         model = load_model(source.path, device=device)

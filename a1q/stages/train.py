@@ -120,7 +120,7 @@ class TrainStage(Stage):
         from a1q.distill.tokenizers import require_cache_of
         from a1q.models.checkpoint import load_model, save_model
         from a1q.quant.module import quantized_modules
-        from a1q.training.device import prepare_torch, recompute_layers
+        from a1q.training.device import note_rounding, prepare_torch, recompute_layers
         from a1q.training.kept import KeptSteps
         from a1q.training.loop import LoopSpec, run_loop
         from a1q.training.memory import told_what_to_lower
@@ -131,6 +131,7 @@ class TrainStage(Stage):
         if config.keep_every and ctx.runtime.shard and not ctx.world.alone:
             raise MismatchError("`keep_every` writes whole models, and `runtime.shard` splits them: leave one out")
         device = prepare_torch(ctx.runtime, ctx.seed, ctx.world)
+        note_rounding(ctx, config.straight_through_fp16)
         cache = TeacherCache(teacher.path)
         require_cache_of(source.path, cache.meta, f"stages.{ctx.id}.objective.kd")
         model = load_model(source.path, device=device)

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from a1q.engine.stage import Runtime
+from a1q.engine.stage import Runtime, StageContext
 from a1q.engine.world import ALONE, World
 from a1q.errors import MismatchError, Problem
 
@@ -71,6 +71,15 @@ def autocast(runtime: Runtime) -> AbstractContextManager[None]:
     import torch
 
     return torch.autocast(runtime.device, dtype={"bf16": torch.bfloat16, "fp16": torch.float16}[runtime.amp])
+
+
+def note_rounding(ctx: StageContext, straight_through_fp16: bool) -> None:
+    """Say so where weights are rounded to fp16 and then, in products, to bf16: that is no longer what fp16 computes."""
+    if straight_through_fp16 and ctx.runtime.amp == "bf16":
+        ctx.log(
+            "`straight_through_fp16` rounds tables and scales to fp16, and `amp: bf16` rounds weights to 8 bits in "
+            "products: training sees both. With `amp: no` it sees what fp16 hardware computes"
+        )
 
 
 def grad_scaler(runtime: Runtime) -> torch.amp.GradScaler:
