@@ -72,6 +72,7 @@ def command(
     from a1q.engine.run import RunOptions, run_plan
     from a1q.engine.world import world_here
     from a1q.recipe.plan import make_plan
+    from a1q.recipe.runtime import amp_note
     from a1q.report.progress import JsonLines, Lines
     from a1q.report.trackers import Tracking, require
 
@@ -85,6 +86,8 @@ def command(
             plan = make_plan(loaded, registry, smoke=smoke)
         if launch > 1 and world.alone:
             _in_processes(launch, plan)
+        if world.leads and (note := amp_note(plan.runtime)):
+            click.echo(f"a1q: {note}", err=True)
         folder = output or Path("runs") / (f"{plan.name}-smoke" if smoke else plan.name)
         os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of other libraries would draw over our progress
         listener = JsonLines(stream) if as_json else Lines(stream, live=stream.isatty())
