@@ -42,15 +42,18 @@ def _machine() -> list[Fact]:
 
 
 def _devices() -> list[Fact]:
+    from a1q.recipe.runtime import multiplies_bf16
+
     try:
         import torch
     except ImportError as error:
         return [(False, "devices", f"torch can't be imported ({error}); only validate and plan work")]
-    facts = [(True, "device cpu", f"{torch.get_num_threads()} threads, bf16 {'fast' if _cpu_bf16() else 'slow'}")]
+    bf16 = {True: "yes", False: "no, so `amp: bf16` is slow", None: "not known"}[multiplies_bf16()]
+    facts = [(True, "device cpu", f"{torch.get_num_threads()} threads, bf16 instructions: {bf16}")]
     if torch.cuda.is_available():
         memory = torch.cuda.get_device_properties(0).total_memory / 1e9
-        bf16 = torch.cuda.is_bf16_supported()
-        facts.append((bf16, "device cuda", f"{torch.cuda.get_device_name()}, {memory:.0f} GB, bf16 {_yes(bf16)}"))
+        good = torch.cuda.is_bf16_supported()
+        facts.append((good, "device cuda", f"{torch.cuda.get_device_name()}, {memory:.0f} GB, bf16 {_yes(good)}"))
     if torch.backends.mps.is_available():
         fallback = os.environ.get("PYTORCH_ENABLE_MPS_FALLBACK") == "1"
         text = "on" if fallback else "off: set PYTORCH_ENABLE_MPS_FALLBACK=1 if an operation is not implemented on mps"
@@ -58,12 +61,6 @@ def _devices() -> list[Fact]:
     if len(facts) == 1:
         facts.append((True, "accelerator", "none; `device: auto` is cpu"))
     return facts
-
-
-def _cpu_bf16() -> bool:
-    """Whether the processor multiplies bf16 itself, as the kernel's list of its features says."""
-    info = Path("/proc/cpuinfo")
-    return info.exists() and any(name in info.read_text(errors="replace") for name in ("amx_bf16", "avx512_bf16"))
 
 
 def _coreml() -> list[Fact]:

@@ -55,7 +55,9 @@ def command(
 def describe_plan(plan: Plan) -> dict[str, Any]:
     """The plan as JSON values, beside what this machine has free."""
     from a1q.engine.files import free_bytes, home
+    from a1q.recipe.runtime import amp_note
 
+    note = amp_note(plan.runtime)
     source = plan.source and {
         "source": plan.source.meta.get("source", str(plan.source.path)),
         "digest": plan.source.digest,
@@ -66,6 +68,7 @@ def describe_plan(plan: Plan) -> dict[str, Any]:
         "file": plan.recipe_file,
         "seed": plan.seed,
         "runtime": vars(plan.runtime),
+        "notes": [note] if note else [],
         "model": source,
         "stages": [_describe_stage(item) for item in plan.stages],
         "disk": {
@@ -125,6 +128,8 @@ def _lines(facts: dict[str, Any]) -> Iterator[str]:
             f"seed {facts['seed']}",
         ]
     )
+    for note in facts["notes"]:
+        yield f"  note: {note}"
     for number, stage in enumerate(facts["stages"], 1):
         inputs = ", ".join(f"{name}: {found}" for name, found in stage["inputs"].items() if found is not None)
         cost = f"{size(stage['disk_bytes'])} disk, {size(stage['memory_bytes'])} memory"

@@ -24,6 +24,7 @@ Examples:
   a1q run recipes/q4_to_q2.yaml --smoke
   a1q run recipes/q4_to_q2.yaml --set model.source=Qwen/Qwen3-0.6B -o runs/qwen
   a1q run recipes/q4_to_q2.yaml --only ane
+  a1q run recipes/q4_to_q2.yaml --track tensorboard
 
 The same command resumes a run that was interrupted, killed or ran out of disk.
 """
@@ -46,6 +47,14 @@ The same command resumes a run that was interrupted, killed or ran out of disk.
     help="Train and build caches in N processes of this machine, one per GPU or sharing its processors. For several "
     "machines start the command with torchrun or accelerate launch.",
 )
+@click.option(
+    "--track",
+    "trackers",
+    multiple=True,
+    type=click.Choice(["tensorboard", "wandb"]),
+    help="Show training's figures there too: tensorboard files in the run folder, or a Weights & Biases run (its own "
+    "environment variables say how). Changes no result. Repeatable.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print events for programs, one JSON object a line.")
 def command(
     recipe: str,
@@ -55,6 +64,7 @@ def command(
     output: Path | None,
     smoke: bool,
     launch: int,
+    trackers: tuple[str, ...],
     as_json: bool,
     **asked: Any,
 ) -> None:
@@ -62,21 +72,33 @@ def command(
     from a1q.engine.run import RunOptions, run_plan
     from a1q.engine.world import world_here
     from a1q.recipe.plan import make_plan
+    from a1q.recipe.runtime import amp_note
     from a1q.report.progress import JsonLines, Lines
+    from a1q.report.trackers import Tracking, require
 
     options, world = RunOptions(**asked), world_here()
     with _error_line(as_json and world.leads):
+        for name in trackers if world.leads else ():
+            require(name)
         loaded, registry = read_recipe(recipe, sets, unsets, plugins)
         stream = sys.stdout
         with contextlib.redirect_stdout(sys.stderr):  # what stages and libraries print is no result
             plan = make_plan(loaded, registry, smoke=smoke)
         if launch > 1 and world.alone:
             _in_processes(launch, plan)
+        if world.leads and (note := amp_note(plan.runtime)):
+            click.echo(f"a1q: {note}", err=True)
         folder = output or Path("runs") / (f"{plan.name}-smoke" if smoke else plan.name)
         os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of other libraries would draw over our progress
         listener = JsonLines(stream) if as_json else Lines(stream, live=stream.isatty())
+        tracking = [Tracking(name, folder, plan.resolved, _say) for name in dict.fromkeys(trackers) if world.leads]
         with _closing_table(folder if world.leads and not as_json else None), contextlib.redirect_stdout(sys.stderr):
-            run_plan(plan, folder, options, [listener], lambda text: click.echo(f"\na1q: {text}", err=True), world)
+            run_plan(plan, folder, options, [listener, *tracking], _say, world)
+
+
+def _say(text: str) -> None:
+    """Tell it below the line that the terminal may be drawing."""
+    click.echo(f"\na1q: {text}", err=True)
 
 
 def _in_processes(count: int, plan: Plan) -> NoReturn:

@@ -3,6 +3,7 @@
     recipe.yaml     the recipe, verbatim          resolved.yaml   composed, overridden, default-filled
     lock.json       digests, versions, machine    events.jsonl    every event but progress, appended
     report.json     rewritten after every stage   metrics/ID.jsonl  progress of one stage, a line each
+    metrics/ID.csv  the same as a table, written when the stage ends, however it does
     export/ID/      copies of the packages        rules/ID/       copies of rules that a stage chose, to pin
     .lock           held while a run writes here
 
@@ -25,6 +26,7 @@ from typing import IO, Any
 from a1q import __version__
 from a1q.engine.artifact import MANIFEST, PROGRESS, RECORD, sha256_file
 from a1q.engine.cachekey import package_versions
+from a1q.engine.curve import as_csv
 from a1q.engine.events import plain
 from a1q.engine.files import copy_file, fsync_path, fsync_tree, home, remove_tree, told_disk_errors, write_atomic
 from a1q.engine.locks import Lock, holder, try_lock
@@ -76,10 +78,12 @@ class RunFolder:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._close_progress()
-        if self._events is not None:
-            self._events.close()
-        self._lock.release()
+        try:
+            self._close_progress()
+            if self._events is not None:
+                self._events.close()
+        finally:
+            self._lock.release()
 
     @property
     def resumes(self) -> bool:
@@ -107,6 +111,8 @@ class RunFolder:
         }
         self._write()
         _register(self.path)
+        for path in (self.path / "metrics").glob("*.jsonl"):
+            _write_table(path)  # a killed run had no time to
         path = self.path / "events.jsonl"
         torn = path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n")
         self._events = path.open("a", encoding="utf-8")
@@ -165,8 +171,9 @@ class RunFolder:
 
     def _close_progress(self) -> None:
         if self._progress is not None:
-            self._progress.close()
-            self._progress = None
+            progress, self._progress = self._progress, None
+            progress.close()
+            _write_table(Path(progress.name))
 
     def _end_stage(self, event: Mapping[str, Any]) -> None:
         artifact = Path(event["artifact"])
@@ -176,6 +183,7 @@ class RunFolder:
             if (artifact / PROGRESS).exists():
                 progress.parent.mkdir(exist_ok=True)
                 copy_file(artifact / PROGRESS, progress)
+            _write_table(progress)
         if event["kind"] == "rules":
             export(artifact, self.path / "rules" / event["id"])
         if event["kind"] == "package":
@@ -251,6 +259,15 @@ def _belongs_to_store(folder: Path) -> bool:
     """Whether it is the store's own folder or one that the store fills and empties."""
     root, folder = home().resolve(), folder.resolve()
     return folder == root or any(root / name in (folder, *folder.parents) for name in STORE_FOLDERS)
+
+
+def _write_table(progress: Path) -> None:
+    """Make the .csv beside a .jsonl say what that says; without the one there isn't the other."""
+    table = progress.with_suffix(".csv")
+    if progress.is_file():
+        write_atomic(table, as_csv(list(read_lines(progress))))
+    else:
+        table.unlink(missing_ok=True)
 
 
 def _step(event: Mapping[str, Any]) -> tuple[Any, Any]:

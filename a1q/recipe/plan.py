@@ -16,7 +16,7 @@ from a1q.errors import A1QError, MismatchError, Problem, RecipeError
 from a1q.models.view import ModelView
 from a1q.recipe.paths import Path, find, indexed
 from a1q.recipe.recipe import Recipe, StageSpec
-from a1q.recipe.runtime import refusal, resolve_runtime
+from a1q.recipe.runtime import amp_refusal, refusal, resolve_runtime
 
 WRONG_RECIPE = 2
 """Exit code that tells a wrong recipe from one that does not fit."""
@@ -61,6 +61,9 @@ class _Planner:
         if message := refusal(recipe.runtime["device"]):
             hint = "use `runtime: {device: auto}` or --set runtime.device=cpu"
             self.unfit.append(recipe.problem(("runtime", "device"), message, hint))
+        runtime = resolve_runtime(recipe.runtime)
+        if message := amp_refusal(runtime):
+            self.unfit.append(recipe.problem(("runtime", "amp"), message, "use `amp: bf16` or `amp: no`"))
         planned = [item for spec in recipe.stages if (item := self.stage(spec, data)) is not None]
         if self.wrong:
             raise RecipeError(_ordered(self.wrong + self.unfit))
@@ -69,7 +72,7 @@ class _Planner:
         return Plan(
             name=recipe.name,
             seed=recipe.seed,
-            runtime=resolve_runtime(recipe.runtime),
+            runtime=runtime,
             source=source,
             stages=tuple(planned),
             recipe_file=recipe.file,

@@ -12,6 +12,9 @@ from typing import Any
 from a1q.engine.stage import Runtime
 from a1q.engine.world import processes_per_machine
 
+BF16_FEATURES = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
+"""Names in Linux's /proc/cpuinfo: `flags` on x86, `Features` on ARM."""
+
 
 def resolve_runtime(written: Mapping[str, Any]) -> Runtime:
     """The runtime that a recipe's validated `runtime:` means here.
@@ -39,6 +42,37 @@ def refusal(device: str) -> str:
     if device == "cuda" and _torch_without_cuda():
         return "the installed torch is built without cuda"
     return ""
+
+
+def amp_refusal(runtime: Runtime) -> str:
+    """Why a device can't well compute in the type that `amp` says, or an empty string."""
+    if runtime.device == "cpu" and runtime.amp == "fp16":
+        return "fp16 products on the CPU are slow and overflow"
+    return ""
+
+
+def amp_note(runtime: Runtime) -> str:
+    """What to know of an `amp` that is allowed but seldom wanted, or an empty string."""
+    if runtime.device == "cpu" and runtime.amp == "bf16" and multiplies_bf16() is False:
+        return (
+            "this CPU has no bf16 instructions: `amp: bf16` is slower here than `no`, and rounds weights and "
+            "activations to 8 significant bits in products"
+        )
+    return ""
+
+
+def multiplies_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool | None:
+    """Whether the processor multiplies bf16 itself, as the kernel's list of its features says; None where none is."""
+    try:
+        lines = cpuinfo.read_text(errors="replace").splitlines()
+    except OSError:
+        return None
+    listed = [
+        text for name, _, text in (line.partition(":") for line in lines) if name.strip() in ("flags", "Features")
+    ]
+    if not listed:
+        return None
+    return not BF16_FEATURES.isdisjoint(listed[0].split())
 
 
 def available_threads() -> int:

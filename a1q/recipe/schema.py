@@ -1,7 +1,8 @@
 """Check plain values against JSON Schemas with nested plug-ins, and fill in defaults.
 
 `x-plugin` in a schema says that a mapping names a plug-in (`scheme:` for schemes, `format:` for exporters) whose own
-schema governs the rest of it; see docs/architecture.md. Everything else is JSON Schema 2020-12.
+schema governs the rest of it; see docs/architecture.md. `x-expected` says in words what is expected, and `x-hints` what
+to do instead of certain values that one may think of. Everything else is JSON Schema 2020-12.
 """
 
 from __future__ import annotations
@@ -238,6 +239,7 @@ def _finding(error: ValidationError) -> Finding:
                 text = str(schema["x-expected"])
             near = suggest(value, _choices(schema)) if isinstance(value, str) else ""
             hint = near if near.startswith("did you mean") else _remedy(value, text)
+            hint = schema.get("x-hints", {}).get(value, hint) if isinstance(value, str) else hint
             return Finding(path, f"expected {text}, found {found}", hint, at_key)
         case "pattern" | "maxLength" | "minLength":
             rule = (

@@ -8,12 +8,16 @@ from collections.abc import Mapping
 from typing import IO, Any
 
 from a1q.report.summary import main_figures
-from a1q.report.table import duration, figure
+from a1q.report.table import about, duration, figure, size
 
 LINE_SECONDS = 10.0
 """Plain progress lines come at most this often."""
 LIVE_SECONDS = 0.1
-_NO_FIGURES = {"time", "event", "id", "step", "total", "tokens_per_second", "tokens"}
+LINE_WIDTH = 120
+"""A plain progress line is at most this wide."""
+_NO_FIGURES = {"time", "event", "id", "step", "total", "tokens"}
+_IMPORTANT = ("seconds_left", "loss", "tune", "tokens_per_second", "memory_bytes")
+"""Figures in the order in which a narrow line gives them up, the last first; all others are given up before."""
 
 
 class JsonLines:
@@ -71,14 +75,24 @@ class Lines:
         if now - self._last < (LIVE_SECONDS if self.live else LINE_SECONDS):
             return
         self._last = now
-        text = [f"step {step}/{total}"]
+        figures = {name: value for name, value in event.items() if name not in _NO_FIGURES}
         since, first = self._first
-        if step > first and now > since:  # before the figures, which a narrow terminal cuts
-            text.append(f"{duration((total - step) * (now - since) / (step - first))} left")
-        text += [f"{name} {figure(value)}" for name, value in event.items() if name not in _NO_FIGURES]
-        if event.get("tokens_per_second"):
-            text.append(f"{event['tokens_per_second']:,.0f} tokens/s")
-        self._draw(f"{self._place(event['id'])} {', '.join(text)}")
+        if "seconds_left" not in figures and step > first and now > since:
+            figures["seconds_left"] = (total - step) * (now - since) / (step - first)
+        self._draw(self._fitted(event["id"], f"step {step}/{total}", figures))
+
+    def _fitted(self, stage_id: str, step: str, figures: Mapping[str, Any]) -> str:
+        """As many figures as fit; before an important one goes, the stage's type does."""
+        width = shutil.get_terminal_size().columns - 1 if self.live else LINE_WIDTH
+        told = {name for name, value in figures.items() if value is not None or name in ("loss", "tune")}
+        important = [_shown(name, figures[name]) for name in _IMPORTANT if name in told]
+        others = [_shown(name, value) for name, value in figures.items() if name not in _IMPORTANT]
+        lines = [
+            f"{place} {', '.join([step, *(important + others)[:count]])}"
+            for place, least in ((self._place(stage_id), len(important)), (self._place(stage_id, typed=False), 0))
+            for count in range(len(important) + len(others), least - 1, -1)
+        ]
+        return next((line for line in lines if len(line) <= width), lines[-1])
 
     def _log(self, event: Mapping[str, Any]) -> None:
         self._line(f"    {event['id']}: {event['message']}")
@@ -93,11 +107,12 @@ class Lines:
         if self.live:
             self._clear()
 
-    def _place(self, stage_id: str, mark: str = "run") -> str:
+    def _place(self, stage_id: str, mark: str = "run", typed: bool = True) -> str:
         wide = max((len(name) for name in self._stages), default=0)
         number = self._stages.index(stage_id) + 1
         of = len(self._stages)
-        return f"{self._marks[mark]} [{number:>{len(str(of))}}/{of}] {stage_id:<{wide}} {self._types[stage_id]:<12}"
+        place = f"{self._marks[mark]} [{number:>{len(str(of))}}/{of}] {stage_id:<{wide}}"
+        return f"{place} {self._types[stage_id]:<12}" if typed else place
 
     def _line(self, text: str) -> None:
         self._clear()
@@ -115,3 +130,15 @@ class Lines:
     def _clear(self) -> None:
         if self.live:
             self.stream.write("\r\x1b[K")
+
+
+def _shown(name: str, value: Any) -> str:
+    """A figure in words."""
+    match name:
+        case "seconds_left":
+            return f"{about(value)} left"
+        case "tokens_per_second":
+            return f"{value:,.0f} tokens/s"
+        case "memory_bytes":
+            return size(value)
+    return f"{name} {figure(value)}"

@@ -37,6 +37,14 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+def about(seconds: float) -> str:
+    """A time that is only guessed: `49 s`, `12 min`, `2 h 5 min`."""
+    if seconds < 59.5:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
 def size(count: float) -> str:
     """Bytes as `512 B`, `3.7 MB`, `1.2 GB` (powers of 1000)."""
     for unit in ("B", "kB", "MB", "GB"):

@@ -56,6 +56,14 @@ def test_json_tells_modules_and_costs(model):
     assert document["disk"]["free"] > 0
 
 
+@pytest.mark.parametrize("has", [True, False])
+def test_bf16_on_a_processor_without_it_is_noted(model, monkeypatch, has):
+    monkeypatch.setattr("a1q.recipe.runtime.multiplies_bf16", lambda: has)
+    asked = ("plan", "q4_to_q2", "--set", f"model.source={model}", "--set", "runtime={device: cpu, amp: bf16}")
+    assert ("note: this CPU has no bf16 instructions" in a1q(*asked).output) is not has
+    assert len(json.loads(a1q(*asked, "--json").stdout)["notes"]) == (not has)
+
+
 CONTRADICTING = """\
 a1q: 1
 name: contradicting

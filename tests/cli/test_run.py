@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from a1q.engine.world import World
 from tests.cli.support import PLUGIN, RECIPE, ROOT, a1q, caches, process, report
+from tests.report.test_trackers import FakeWandB
 
 
 @pytest.fixture
@@ -120,6 +122,38 @@ def test_json_lines(recipe: Path) -> None:
     bad = a1q("run", recipe, "--plugin", PLUGIN, "--json", "--set", "stages.more.valeu=1")
     last = json.loads(bad.stdout.splitlines()[-1])
     assert (last["event"], last["exit_code"]) == ("error", 2) and last["problems"][0]["path"] == "stages.more.valeu"
+
+
+def test_a_tracker_looks_on_and_changes_no_key(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = FakeWandB()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    tracked = a1q("run", recipe, "--plugin", PLUGIN, "--track", "wandb", "--track", "wandb")
+    assert tracked.exit_code == 0, tracked.output
+    (made,) = wandb.runs
+    assert made.asked["name"] == "numbers" and made.asked["config"]["seed"] == 7
+    assert {"more/step": 5, "more/loss": 0.2, "more/tokens_per_second": 1000.0} in made.logged
+    assert made.ended == 0
+    assert a1q("run", recipe, "--plugin", PLUGIN).exit_code == 0
+    assert caches(tmp_path / "runs" / "numbers") == ["hit"] * 4
+
+
+def test_a_tracker_whose_package_is_missing_is_refused(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("a1q.report.trackers.find_spec", lambda name: None)
+    result = a1q("run", recipe, "--plugin", PLUGIN, "--track", "tensorboard")
+    assert result.exit_code == 3 and 'pip install "a1q[tensorboard]"' in result.output
+    assert "Traceback" not in result.output and not (tmp_path / "runs").exists()
+
+
+def test_only_the_leading_process_has_trackers(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[int] = []
+    monkeypatch.setattr("a1q.engine.run.run_plan", lambda *given: heard.append(len(given[3])))
+    monkeypatch.setitem(sys.modules, "wandb", FakeWandB())
+    for rank in (0, 1):
+        monkeypatch.setattr("a1q.engine.world.world_here", lambda rank=rank: World(rank, 2))
+        assert a1q("run", recipe, "--plugin", PLUGIN, "--track", "wandb").exit_code == 0
+    assert heard == [2, 1]
 
 
 def test_kill_and_the_same_command_again(recipe: Path, tmp_path: Path) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
+from a1q.engine.artifact import PROGRESS
 from a1q.engine.garbage import references
 from a1q.engine.rundir import RunFolder, export, known_runs, read_lines, read_report
 from a1q.errors import A1QError, UsageError
@@ -43,8 +46,9 @@ def test_every_file_of_the_run_folder(tmp_path: Path) -> None:
 def test_a_hit_brings_its_learning_curve_into_a_new_run_folder(tmp_path: Path) -> None:
     for name in ("one", "two"):
         execute(plan_of(chain(1, 2)), tmp_path / "home", tmp_path / name)
-    curves = [(tmp_path / name / "metrics" / "s2.jsonl").read_text() for name in ("one", "two")]
-    assert curves[0] == curves[1] != ""
+    for kind in ("jsonl", "csv"):
+        curves = [(tmp_path / name / "metrics" / f"s2.{kind}").read_text() for name in ("one", "two")]
+        assert curves[0] == curves[1] != ""
 
 
 def test_exports_are_copies_and_are_mended(tmp_path: Path) -> None:
@@ -115,6 +119,48 @@ def test_progress_of_a_resumed_stage_has_every_step_once(tmp_path: Path) -> None
     lines = list(read_lines(path))
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert ["old" in line for line in lines] == [True] * 3 + [False] * 3
+    assert [row["step"] for row in rows(tmp_path / "run")] == list("123456")
+    assert [row["old"] for row in rows(tmp_path / "run")] == ["true"] * 3 + [""] * 3
+
+
+def rows(run: Path, stage_id: str = "s1") -> Sequence[dict[str, str]]:
+    with open(run / "metrics" / f"{stage_id}.csv", newline="", encoding="utf-8") as handle:
+        return list(csv.DictReader(handle))
+
+
+def test_the_table_of_a_curve_says_what_its_lines_say(tmp_path: Path) -> None:
+    execute(plan_of(chain(1)), tmp_path / "home", tmp_path / "run")
+    lines = list(read_lines(tmp_path / "run" / "metrics" / "s1.jsonl"))
+    table = rows(tmp_path / "run")
+    assert [float(row["loss"]) for row in table] == [line["loss"] for line in lines]
+    assert [float(row["time"]) for row in table] == [line["time"] for line in lines]
+    assert list(table[0])[:3] == ["step", "total", "loss"] and list(table[0])[-1] == "time"
+
+
+def test_an_interrupted_stage_has_its_table(tmp_path: Path) -> None:
+    with RunFolder(tmp_path / "run") as folder:
+        folder.begin(plan_of(chain(1)))
+        for step in (1, 2):
+            folder({"event": "progress", "id": "s1", "time": 5.0 + step, "step": step, "total": 9, "kl": 0.5})
+        assert not (tmp_path / "run" / "metrics" / "s1.csv").exists()
+        folder({"event": "run_end", "time": 9.0, "status": "interrupted", "error": "stopped", "seconds": 1.0})
+        assert (tmp_path / "run" / "metrics" / "s1.csv").read_text() == "step,total,kl,time\n1,9,0.5,6.0\n2,9,0.5,7.0\n"
+
+
+def test_the_next_run_writes_the_table_of_one_that_was_killed(tmp_path: Path) -> None:
+    (tmp_path / "run" / "metrics").mkdir(parents=True)
+    (tmp_path / "run" / ".lock").touch()
+    (tmp_path / "run" / "metrics" / "gone.jsonl").write_text('{"step": 1, "total": 2, "loss": 0.5}\n{"step": 2, "lo')
+    execute(plan_of(chain(1)), tmp_path / "home", tmp_path / "run")
+    assert rows(tmp_path / "run", "gone") == [{"step": "1", "total": "2", "loss": "0.5"}]
+
+
+def test_a_hit_without_a_curve_leaves_no_table_of_another_run(tmp_path: Path) -> None:
+    plan, run = plan_of(chain(1)), tmp_path / "run"
+    events = execute(plan, tmp_path / "home", run)
+    (Path(events[-1]["artifact"]) / PROGRESS).unlink()
+    execute(plan, tmp_path / "home", run)
+    assert list((run / "metrics").iterdir()) == []
 
 
 @pytest.mark.parametrize("place", ["home", "home/store", "home/store/mine", "home/work/mine", "other/../home/tmp"])

@@ -50,7 +50,8 @@ def test_ids_defaults_and_links(load):
         "groups": ["mlp"],
         "inner": {"depth": 2},
     }
-    assert recipe.document["runtime"] == {"device": "auto", "amp": "auto", "params": "fp32", "threads": "auto"}
+    runtime = {"device": "auto", "amp": "auto", "params": "fp32", "threads": "auto", "shard": False}
+    assert recipe.document["runtime"] == runtime
     assert recipe.document["stages"][2] == {"id": "grow", "from": "first", "grow": recipe.stages[2].options}
     assert recipe.text.startswith("a1q: 1")
 

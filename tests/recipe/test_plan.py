@@ -131,8 +131,42 @@ def test_a_device_that_can_not_be_here_is_refused(plan, monkeypatch):
     assert "Mac" in runtime.refusal("cuda")
 
 
+def test_fp16_on_the_cpu_is_refused(plan):
+    with pytest.raises(MismatchError, match="fp16 products on the CPU are slow and overflow") as caught:
+        plan(RECIPE.replace("device: cpu", "device: cpu, amp: fp16"))
+    [problem] = caught.value.problems
+    assert (problem.line, problem.path, problem.hint) == (4, "runtime.amp", "use `amp: bf16` or `amp: no`")
+    assert plan(RECIPE.replace("device: cpu", "device: cpu, amp: bf16")).runtime.amp == "bf16"
+    assert [runtime.amp_refusal(Runtime(device, "fp16")) for device in ("cuda", "mps")] == ["", ""]
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "found"),
+    [
+        ("flags\t\t: fpu avx512f amx_bf16\nmodel name: x\n", True),
+        ("flags\t\t: fpu avx512_bf16\n", True),
+        ("flags\t\t: fpu avx512f avx512_bf16x\nbugs\t: bf16\n", False),
+        ("processor\t: 0\nFeatures\t: fp asimd bf16\n", True),
+        ("Features\t: fp asimd\n", False),
+        ("processor\t: 0\n", None),
+        (None, None),
+    ],
+)
+def test_a_processor_with_bf16_instructions_says_so(tmp_path, cpuinfo, found):
+    if cpuinfo is not None:
+        (tmp_path / "cpuinfo").write_text(cpuinfo)
+    assert runtime.multiplies_bf16(tmp_path / "cpuinfo") is found
+
+
+def test_bf16_is_noted_where_the_processor_lacks_it(monkeypatch):
+    for has, noted in ((True, False), (None, False), (False, True)):
+        monkeypatch.setattr(runtime, "multiplies_bf16", lambda has=has: has)
+        assert ("no bf16 instructions" in runtime.amp_note(Runtime("cpu", "bf16"))) is noted
+        assert runtime.amp_note(Runtime("cuda", "bf16")) == runtime.amp_note(Runtime("cpu", "no")) == ""
+
+
 def written(**changes):
-    return {"device": "auto", "amp": "auto", "params": "fp32", "threads": "auto", **changes}
+    return {"device": "auto", "amp": "auto", "params": "fp32", "threads": "auto", "shard": False, **changes}
 
 
 def test_auto_on_a_machine_without_accelerators(monkeypatch):

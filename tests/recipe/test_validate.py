@@ -110,6 +110,12 @@ stages:
         ("match: '.*mlp.*'", "match: '((((a*)*)*)*)*'", 7, 16, "groups.mlp.match", "nested more than", ""),
         ("match: '.*mlp.*'", "match: '(a)\\1'", 7, 16, "groups.mlp.match", "bounded time", ""),
         ("match: '.*mlp.*'", "match: 3", 7, 16, "groups.mlp.match", "expected text, found the number 3", ""),
+        (
+            "stages:\n",
+            "runtime: {device: xla}\nstages:\n",
+            *(8, 19, "runtime.device", "one of auto, cpu, cuda, mps"),
+            "XLA and TPUs are out of scope",
+        ),
         ("stages:\n", "runtime: {device: gpu}\nstages:\n", 8, 19, "runtime.device", "one of auto, cpu, cuda, mps", ""),
         ("stages:\n", "runtime: {threads: 0}\nstages:\n", 8, 20, "runtime.threads", "expected at least 1", ""),
         ("stages:\n", "runtime: {threads: all}\nstages:\n", 8, 20, "runtime.threads", "'auto' or a whole number", ""),

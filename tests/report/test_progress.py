@@ -54,7 +54,7 @@ def test_plain_lines_are_few_and_say_what_is_needed(clock: Clock) -> None:
     assert "running (changed: options.steps)" in lines[3]
     progress = [line for line in lines if "step " in line]
     assert [line.split("step ")[1].split("/")[0] for line in progress] == ["11", "21", "31", "41", "51"]
-    assert "step 51/100, 49.0 s left, loss 0.01961, 5,120 tokens/s" in progress[-1]
+    assert "step 51/100, 49 s left, loss 0.01961, 5,120 tokens/s" in progress[-1]
     assert lines[-2].strip() == "q4: a word"
     assert " ".join(lines[-1].split()) == "+ [2/2] q4 train 1:01 kl 0.01235"
     assert "\x1b" not in stream.getvalue()
@@ -72,6 +72,44 @@ def test_the_live_line_is_redrawn_in_place_and_fits(clock: Clock, monkeypatch: p
     ended = [line for line in text.split("\n") if "from the store" in line]
     assert len(ended[0].rpartition("\x1b[K")[2]) <= 70 and "(+1)" in ended[0]  # one figure is always shown
     assert text.endswith("\r\x1b[K")
+
+
+TRAINING = {
+    "step": 300,
+    "total": 4000,
+    "loss": 0.0123456,
+    "tune": 0.0234567,
+    "tokens_per_second": 5120.4,
+    "lr": 0.5,
+    "norm": 1.25,
+    "seconds_left": 731.0,
+    "memory_bytes": 1_234_000_000,
+    "kl": 0.011,
+}
+MAIN = "step 300/4000, 12 min left, loss 0.01235, tune 0.02346, 5,120 tokens/s"
+
+
+@pytest.mark.parametrize(
+    ("columns", "line"),
+    [
+        (160, f"> [2/2] q4      train        {MAIN}, 1.2 GB, lr 0.5, norm 1.25, kl 0.011"),
+        (110, f"> [2/2] q4      train        {MAIN}, 1.2 GB"),
+        (90, f"> [2/2] q4      {MAIN}"),
+        (80, "> [2/2] q4      step 300/4000, 12 min left, loss 0.01235, tune 0.02346"),
+        (50, "> [2/2] q4      step 300/4000, 12 min left"),
+        (20, "> [2/2] q4      ste"),
+    ],
+)
+def test_a_narrow_terminal_gives_up_the_least_important_figures(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch, columns: int, line: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    stream = io.StringIO()
+    events = Events([Lines(stream, live=True)])
+    events("run_start", name="demo", run="runs/demo", stages=STAGES, smoke=False)
+    events("stage_start", id="q4", stage="train", key="k")
+    events("progress", id="q4", **TRAINING)
+    assert stream.getvalue().rpartition("\x1b[K")[2] == line
 
 
 def test_figures_that_are_no_numbers_stay_valid_json(clock: Clock) -> None:
