@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import print_table, save
+from benchmarks.common import RESULTS, print_table, save
 
 
 @dataclass(frozen=True)
@@ -152,6 +152,14 @@ def one(asked: dict[str, Any]) -> None:
     print(json.dumps(sides.measured(device, steps, lambda: prepare(**asked))))
 
 
+def _others(name: str, found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of an earlier run with `--only` that this one has not measured."""
+    path = RESULTS / f"{name}.json"
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
+    new = {(row["row"], row["type"]) for row in found}
+    return [row for row in rows if isinstance(row, dict) and (row.get("row"), row.get("type")) not in new]
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser()
@@ -188,7 +196,8 @@ def main() -> None:
                 }
             )
             print(json.dumps(found[-1]), file=sys.stderr, flush=True)
-    save("training" if given.device == "cpu" else f"training_{given.device}", found)
+    name = "training" if given.device == "cpu" else f"training_{given.device}"
+    save(name, [*_others(name, found), *found])
     lines = [
         [
             item["row"],

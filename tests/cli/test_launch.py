@@ -10,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from tests.cli.support import ROOT, process, report
 
 RECIPE = """\
@@ -34,6 +36,7 @@ def digests(run: Path) -> dict[str, str]:
     return {stage["id"]: stage["digest"] for stage in report(run)["stages"]}
 
 
+@pytest.mark.slow
 def test_two_processes_stop_resume_and_say_what_one_says(tmp_path: Path) -> None:
     recipe, alone, run = tmp_path / "launch.yaml", tmp_path / "alone", tmp_path / "run"
     recipe.write_text(RECIPE)

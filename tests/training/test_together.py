@@ -40,7 +40,7 @@ def test_scales_train_as_in_one_process(tmp_path: Path, inputs: dict[str, Artifa
     assert list((tmp_path / "two" / "out").iterdir()), "the leading process writes"
 
 
-@pytest.mark.parametrize("shard", [False, True], ids=["ddp", "fsdp2"])
+@pytest.mark.parametrize("shard", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["ddp", "fsdp2"])
 def test_weights_end_where_one_process_does(tmp_path: Path, inputs: dict[str, Artifact], shard: bool) -> None:
     asked: dict[str, Any] = {"steps": 100, "batch": {"sequences": 8}, "evaluate_every": 50, "ema": 0.9, "keep": "last"}
     (alone,) = run(1, tmp_path / "one", inputs, **asked)
@@ -53,7 +53,9 @@ def test_weights_end_where_one_process_does(tmp_path: Path, inputs: dict[str, Ar
     assert {name: tensor.shape for name, tensor in ours.items()} == {name: t.shape for name, t in theirs.items()}
 
 
-@pytest.mark.parametrize(("rank", "shard"), [(1, False), (0, True)], ids=["ddp", "fsdp2"])
+@pytest.mark.parametrize(
+    ("rank", "shard"), [pytest.param(1, False, marks=pytest.mark.slow), (0, True)], ids=["ddp", "fsdp2"]
+)
 def test_a_killed_process_ends_all_and_the_same_command_goes_on(
     tmp_path: Path, inputs: dict[str, Artifact], rank: int, shard: bool
 ) -> None:
@@ -69,6 +71,7 @@ def test_a_killed_process_ends_all_and_the_same_command_goes_on(
     assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
 
 
+@pytest.mark.slow
 def test_adapters_train_in_two_processes(tmp_path: Path, inputs: dict[str, Artifact]) -> None:
     asked: dict[str, Any] = {"stage": "lora_recover", "rank": 2, "steps": 10, "groups": ["mlp"], "merge": "refit"}
     (alone,) = run(1, tmp_path / "one", inputs, **asked)
