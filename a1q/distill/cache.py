@@ -66,6 +66,14 @@ class TeacherBatch:
     """Size of the teacher's vocabulary."""
     starts: Tensor
     """bool [B, L], where a document begins; a sequence's first token may be in the middle of one."""
+    target_share: float | None = None
+    """Targets per position of what the mean over next tokens is taken over, where that is more than this batch
+    (`TeacherCache.target_share`); None for this batch."""
+
+    @property
+    def targets(self) -> float | None:
+        """How many next tokens their mean divides by; None for those that there are (`continues`)."""
+        return None if self.target_share is None else self.target_share * self.tokens.numel()
 
     @property
     def continues(self) -> Tensor:
@@ -190,6 +198,16 @@ class TeacherCache:
             vocabulary=self.vocabulary,
             starts=tensor(starts, np.bool_),
         )
+
+    def target_share(self, rows: Sequence[int], part: str = "train") -> float:
+        """How many of the given sequences' positions have a next token in the same document, as a share of all.
+
+        Micro-batches and processes that are weighed by their positions give with it the mean over all targets.
+        """
+        places = [divmod(row, self._per_shard) for row in rows]
+        bits = np.stack([self._shard(part, number)["starts"][offset] for number, offset in places])
+        starts = np.unpackbits(bits, axis=-1, count=self.seq_len, bitorder="little")
+        return 1 - (starts[:, 1:].sum() + len(rows)) / starts.size
 
     def _names(self, part: str) -> Sequence[str]:
         return self.meta["parts"][part]["shards"]

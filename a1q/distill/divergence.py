@@ -38,15 +38,17 @@ def precise_kl(teacher: Tensor, student: Tensor) -> Tensor:
     return torch.where(d.abs() < SMALL, p * (torch.expm1(d) - d), student.exp() - p - p * d).sum(dim=-1)
 
 
-def cross_entropy(partition: Tensor, label: Tensor, counts: Tensor | None = None) -> Tensor:
+def cross_entropy(partition: Tensor, label: Tensor, counts: Tensor | None = None, over: float | None = None) -> Tensor:
     """Mean over positions of -log q(label), in nats.
 
     Args:
         partition: logsumexp of the logits, [...].
         label: the label's logit, [...].
         counts: bool [...], which positions are meant; None for all. Where there are none the mean is 0.
+        over: how many positions to divide by; None: by those that are meant.
     """
     losses = partition - label
     if counts is None:
-        return losses.mean()
-    return losses.where(counts, 0).sum() / counts.sum().clamp_min(1)
+        return losses.mean() if over is None else losses.sum() / over
+    total = losses.where(counts, 0).sum()
+    return total / counts.sum().clamp_min(1) if over is None else total / max(over, 1e-12)

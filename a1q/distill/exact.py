@@ -46,11 +46,11 @@ def exact_loss(logits: Tensor, teacher: Tensor, batch: TeacherBatch, **terms: An
     partition = torch.logsumexp(scaled, dim=-1)
     shares = (scaled - partition.unsqueeze(-1)).exp_()
     gap = (shares * (scaled - logits / wanted.temperature)).sum(-1) - partition
-    return exact_loss_of(partitions, picked, gap, wanted, batch.continues)
+    return exact_loss_of(partitions, picked, gap, wanted, batch)
 
 
 def exact_loss_of(
-    partitions: Sequence[Tensor], picked: Tensor, gap: Tensor, terms: Terms, counts: Tensor | None = None
+    partitions: Sequence[Tensor], picked: Tensor, gap: Tensor, terms: Terms, batch: TeacherBatch
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss and detached terms of what `exact_loss` needs to know of student and teacher.
 
@@ -58,7 +58,7 @@ def exact_loss_of(
         partitions: the student's logsumexp(logits / T) [B, L] for each of `terms.temperatures`.
         picked: its logits [B, L, 2] of the teacher's top-1 and of the next token (`following`).
         gap: [B, L], see the top of this file.
-        counts: bool [B, L], as `a1q.distill.losses.total_of` takes it.
+        batch: says which next tokens count.
     """
     kl = terms.temperature**2 * (gap + partitions[0]).mean()
-    return total_of(kl, partitions[-1], picked[..., 0], picked[..., 1], terms, counts)
+    return total_of(kl, partitions[-1], picked[..., 0], picked[..., 1], terms, batch.continues, batch.targets)

@@ -149,11 +149,17 @@ def loss_of(
     top, negatives, target = picked.split([kept, sampled, 1], dim=-1)
     student_top, student_negatives = top / temperature - partition, negatives / temperature - partition
     kl = temperature**2 * _divergences(batch, terms, student_top, student_negatives).mean()
-    return total_of(kl, partitions[-1], top[..., 0], target[..., 0], terms, batch.continues)
+    return total_of(kl, partitions[-1], top[..., 0], target[..., 0], terms, batch.continues, batch.targets)
 
 
 def total_of(
-    kl: Tensor, partition: Tensor, top1: Tensor, target: Tensor, terms: Terms, counts: Tensor | None = None
+    kl: Tensor,
+    partition: Tensor,
+    top1: Tensor,
+    target: Tensor,
+    terms: Terms,
+    counts: Tensor | None = None,
+    targets: float | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss and its detached terms, of the divergence with its T² and of what hard labels need to know.
 
@@ -161,19 +167,21 @@ def total_of(
         partition: the student's logsumexp(logits) [B, L]; looked at where hard labels count.
         top1: its logit [B, L] of the teacher's most probable token.
         target: its logit [B, L] of the next token; the last position's does not count.
-        counts: bool [B, L], the positions whose next token counts (`next_token_loss`); None for all.
+        counts, targets: the positions whose next token counts, and what to divide by (`next_token_loss`).
     """
     loss, found = kl, {"kl": kl}
     if terms.hard_top1:
         found["hard_top1"] = cross_entropy(partition, top1)
         loss = loss + terms.hard_top1 * found["hard_top1"]
     if terms.hard_full:
-        found["hard_full"] = next_token_loss(partition, target, counts)
+        found["hard_full"] = next_token_loss(partition, target, counts, targets)
         loss = loss + terms.hard_full * found["hard_full"]
     return loss, {name: term.detach() for name, term in found.items()}
 
 
-def next_token_loss(partition: Tensor, target: Tensor, counts: Tensor | None = None) -> Tensor:
+def next_token_loss(
+    partition: Tensor, target: Tensor, counts: Tensor | None = None, targets: float | None = None
+) -> Tensor:
     """Mean cross-entropy with the next token, in nats, over the positions that have one.
 
     Args:
@@ -181,8 +189,9 @@ def next_token_loss(partition: Tensor, target: Tensor, counts: Tensor | None = N
         target: the logit [B, L] of the next token (`following`).
         counts: bool [B, L]: position t counts, so the prediction of token t + 1; None for all but the last, which never
             does.
+        targets: what to divide the sum by; None: by how many count.
     """
-    return cross_entropy(partition[:, :-1], target[:, :-1], None if counts is None else counts[:, :-1])
+    return cross_entropy(partition[:, :-1], target[:, :-1], None if counts is None else counts[:, :-1], targets)
 
 
 def _divergences(batch: TeacherBatch, terms: Terms, student_top: Tensor, student_negatives: Tensor) -> Tensor:

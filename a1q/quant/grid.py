@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from a1q.quant.opaque import opaque
+from a1q.quant.workspace import workspace
 
 FLOOR = 1e-12
 """Least |scale| in the division that assigns indices. The forward pass has no floor."""
@@ -121,10 +122,21 @@ def _look_up_in_pairs(lut: Tensor, indices: Tensor, out: Tensor) -> Tensor:
     entries, last = lut.reshape(-1), lut.numel() - 1
     numbers = torch.arange((last << 8) + last + 1)
     pairs = torch.stack([entries[(numbers & 255).clamp_(max=last)], entries[numbers >> 8]], dim=1)
-    pairs, neighbours = pairs.view(PAIRS[lut.dtype]).reshape(-1), indices.view(torch.int16).reshape(-1)
-    for part, numbers in zip(out.view(-1).view(pairs.dtype).split(BLOCK), neighbours.split(BLOCK), strict=True):
-        torch.index_select(pairs, 0, numbers.int(), out=part)
+    pairs, neighbours = pairs.view(PAIRS[lut.dtype]).reshape(1, -1), indices.view(torch.int16).reshape(1, -1)
+    places = workspace("places", (1, BLOCK), torch.int64, indices.device)
+    for part, numbers in zip(
+        out.view(1, -1).view(pairs.dtype).split(BLOCK, dim=1), neighbours.split(BLOCK, dim=1), strict=True
+    ):
+        _gather(pairs, places[:, : part.shape[1]].copy_(numbers), part)
     return out
+
+
+def _gather(table: Tensor, places: Tensor, out: Tensor) -> None:
+    """table [1, n] at int64 `places` [1, m] into out [1, m]: as many threads as there are; `index_select` has one."""
+    ways = torch.get_num_threads()
+    if places.shape[1] % ways:
+        ways = 1
+    torch.gather(table.expand(ways, -1), 1, places.view(ways, -1), out=out.view(ways, -1))
 
 
 def sums_per_entry(indices: Tensor, values: Tensor, lut: Tensor) -> Tensor:

@@ -30,6 +30,8 @@ Rule = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
 """(V [out, in], table [1, n], S [out, in], gain [out] or None) -> places uint8 [out, in]"""
 
 ROWS = 16
+POSITIONS = 64
+"""That are worked on at a time."""
 
 
 def table_product(
@@ -140,7 +142,16 @@ def _scaled(vectors: Tensor, scale: Tensor, kind: torch.dtype) -> Tensor:
 
 def _sum_of_products(left: Tensor, right: Tensor, like: Tensor) -> Tensor:
     """Σ left ⊙ right over all but the last dimension, [n], in the type of `like`."""
-    return (left.to(like.dtype) * right).flatten(0, -2).sum(0)
+    left, right = left.flatten(0, -2).to(like.dtype), right.flatten(0, -2)
+    if left.device.type != "cpu" or len(left) <= POSITIONS or torch.compiler.is_compiling():
+        return (left * right).sum(0)
+    # what is summed stays in the cache
+    whole = len(left) - len(left) % POSITIONS
+    total = left[:POSITIONS] * right[:POSITIONS]
+    for start in range(POSITIONS, whole, POSITIONS):
+        total.addcmul_(left[start : start + POSITIONS], right[start : start + POSITIONS])
+    total[: len(left) - whole].addcmul_(left[whole:], right[whole:])
+    return total.sum(0)
 
 
 def _over_positions(left: Tensor, right: Tensor) -> Tensor:

@@ -64,7 +64,7 @@ class LoraRecoverStage(Stage):
     `kl_refit` and `kept`: `refit`, or `before` where the recovery did no good and the model stays as it was.
     """
 
-    version = 3
+    version = 4
     parallel = True
     Config = LoraRecoverConfig
 

@@ -70,7 +70,7 @@ class TrainStage(Stage):
     are dropped: they would no longer agree with the trained scales. Modules that don't train keep theirs.
     """
 
-    version = 3
+    version = 4
     parallel = True
     Config = TrainConfig
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from a1q.distill.cache import TeacherCache
@@ -113,10 +113,13 @@ class Distillation:
 
     def loss_of(self, step: int, micro: int) -> tuple[Tensor, dict[str, float]]:
         """Mean loss per token of one micro-batch."""
-        count = self.batch.sequences
-        start = (step * self.batch.accumulate + micro) * count
-        rows = batch_rows(self.seed, start, count, self.cache.size("train"))
-        return self._loss(share_of(rows, self.world), "train")
+        count, size = self.batch.sequences, self.cache.size("train")
+        start = step * self.batch.accumulate * count
+        rows = batch_rows(self.seed, start + micro * count, count, size)
+        share = None
+        if self.loss.terms.hard_full:
+            share = self.cache.target_share(batch_rows(self.seed, start, self.batch.accumulate * count, size))
+        return self._loss(share_of(rows, self.world), "train", share)
 
     def over(
         self,
@@ -178,8 +181,8 @@ class Distillation:
         total, tokens = self.world.sums([total, tokens])
         return total / tokens
 
-    def _loss(self, rows: list[int], part: str) -> tuple[Tensor, dict[str, float]]:
-        batch = self.cache.batch(rows, part, self.device)
+    def _loss(self, rows: list[int], part: str, target_share: float | None = None) -> tuple[Tensor, dict[str, float]]:
+        batch = replace(self.cache.batch(rows, part, self.device), target_share=target_share)
         loss_of = self.training_loss if part == "train" else self.loss
         loss, terms = loss_of(batch, held_out=part == "tune")
         return loss, {"tokens": float(batch.tokens.numel()), **{name: float(term) for name, term in terms.items()}}

@@ -83,7 +83,7 @@ class DistillationLoss(nn.Module):
                 own, other = heads
                 found = own.beside(said, following(batch.tokens), terms.temperatures, other, taught)
         if heads is not None:
-            loss, figures = exact_loss_of(*found, terms, batch.continues)
+            loss, figures = exact_loss_of(*found, terms, batch)
         else:
             loss, figures = exact_loss(said, taught, batch, **vars(terms))
         if local:

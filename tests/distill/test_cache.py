@@ -56,6 +56,7 @@ def test_what_is_read_is_what_the_teacher_said(tmp_path_factory, shape, data):
         begins = torch.from_numpy(starts[part][rows])
         assert torch.equal(batch.starts, begins)
         assert torch.equal(batch.continues[:, :-1], ~begins[:, 1:]) and not batch.continues[:, -1].any()
+        assert cache.target_share(rows, part) == pytest.approx(float(batch.continues.double().mean()), abs=1e-12)
         assert torch.equal(batch.lse, logits.logsumexp(-1))
         assert torch.equal(batch.top1, logits.argmax(-1))
         top, ids = logits.topk(shape["top_k"])

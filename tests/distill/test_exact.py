@@ -48,7 +48,7 @@ def formula(student, teacher, tokens, temperature=1.0, hard_top1=0.0, hard_full=
 def by_tiles(hidden, head, teacher, taught, batch, **terms):
     wanted = Terms(**terms)
     found = Head(head).beside(hidden, following(batch.tokens), wanted.temperatures, Head(teacher), taught)
-    return exact_loss_of(*found, wanted)
+    return exact_loss_of(*found, wanted, batch)
 
 
 def setting(seed=0, dtype=torch.float64, bias=False):

@@ -9,6 +9,7 @@ from a1q.errors import StageError
 from a1q.quant.build import complete, make_scheme
 from a1q.quant.importance import Inputs
 from a1q.quant.linear import QuantLinear
+from a1q.quant.lowrank import START_STALL
 from a1q.quant.module import naming
 
 PLAIN = {"lut_lowrank": "als", "vector_lut": "kmeans", "lut": "kmeans", "balanced": "mse", "affine": "mse"}
@@ -124,7 +125,8 @@ def test_whatever_comes_it_is_finite_and_no_worse(spec, seed, bits, tokens, odd)
         for d in ((weight - v).double() for v in (found, plain_scheme.dequantize(plain)))
     ]
     whole = float(torch.einsum("ij,jk,ik->", weight.double(), h, weight.double()))
-    assert errors[0] <= errors[1] * (1 + 1e-3) + 1e-9 * whole
+    # a start ends its rounds earlier than the plain fit does, and is what the result is no worse than
+    assert errors[0] <= errors[1] * (1 + 10 * START_STALL) + 1e-9 * whole
 
 
 def test_a_rank_as_large_as_the_matrix() -> None:

@@ -34,7 +34,12 @@ SEQUENCES, TUNE, LENGTH = 96, 12, 16
 
 
 def build(
-    folder: Path, latent: bool = True, spec: Mapping[str, Any] = SPEC, top_k: int = 32, random_negatives: int = 32
+    folder: Path,
+    latent: bool = True,
+    spec: Mapping[str, Any] = SPEC,
+    top_k: int = 32,
+    random_negatives: int = 32,
+    tune: int = TUNE,
 ) -> dict[str, Artifact]:
     """Write a 2-bit tiny model and a cache of the dense one's answers; the inputs of a stage that trains."""
     from a1q.distill.cache import DESCRIPTION, FORMAT
@@ -49,7 +54,7 @@ def build(
             swap_module(model, name, QuantLinear.quantize(module, spec, keep_latent=latent))
     quantized.mkdir()
     save_model(model, quantized, tokenizer_from=dense)
-    tokens = np.random.default_rng(3).integers(320, size=(SEQUENCES + TUNE, LENGTH))
+    tokens = np.random.default_rng(3).integers(320, size=(SEQUENCES + tune, LENGTH))
     parts = {"train": tokens[:SEQUENCES], "tune": tokens[SEQUENCES:]}
     names = write_shards(
         tiny_model(),

@@ -1,9 +1,10 @@
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from a1q.distill.cache import TeacherCache
+from a1q.distill.cache import TeacherBatch, TeacherCache
 from a1q.engine.artifact import Artifact
 from a1q.engine.stage import Runtime
 from a1q.errors import StageError
@@ -58,6 +59,45 @@ def test_tile_by_tile_it_is_the_same(inputs: dict[str, Artifact], monkeypatch: p
         assert float((others[name] - gradient).norm()) <= 10 * near * float(gradient.norm()) + 1e-7, name
 
 
+def test_hard_labels_mean_the_same_however_a_step_is_cut(inputs: dict[str, Artifact]) -> None:
+    """A target weighs the same in a micro-batch with many of them and in one with few."""
+    found = {}
+    for name, batch in (("whole", BatchConfig(6, 1)), ("cut", BatchConfig(2, 3))):
+        subject = distillation(inputs, batch=batch, objective=Objective("t", 1.0, 0.0, 0.7, "bucket", False, 0.0))
+        subject.cache = ManyDocuments(subject.cache)
+        steps = [subject.loss_of(1, micro) for micro in range(batch.accumulate)]
+        (sum(loss for loss, _ in steps) / len(steps)).backward()
+        hard = [figures["hard_full"] for _, figures in steps]
+        gradients = [part.grad.flatten() for part in subject.model.parameters() if part.grad is not None]
+        found[name] = sum(hard) / len(hard), torch.cat(gradients)
+    (whole, gradient), (cut, other) = found["whole"], found["cut"]
+    assert cut == pytest.approx(whole, rel=1e-6)
+    assert float((other - gradient).norm()) <= 1e-5 * float(gradient.norm())
+
+
+class ManyDocuments:
+    """A cache, as if documents began here and there: in some sequences nowhere, in others at every other token."""
+
+    def __init__(self, cache: TeacherCache):
+        self.cache = cache
+
+    def size(self, part: str) -> int:
+        return self.cache.size(part)
+
+    def starts(self, rows: list[int]) -> torch.Tensor:
+        found = torch.zeros(len(rows), self.cache.seq_len, dtype=torch.bool)
+        for place, row in enumerate(rows):
+            if row % 4:
+                found[place, :: 1 + row % 4] = True
+        return found
+
+    def batch(self, rows: list[int], part: str, device: Any) -> TeacherBatch:
+        return replace(self.cache.batch(rows, part, device), starts=self.starts(rows))
+
+    def target_share(self, rows: list[int]) -> float:
+        return float(self.batch(rows, "train", "cpu").continues.double().mean())
+
+
 def test_a_head_that_gets_an_adapter_is_looked_at_again(
     inputs: dict[str, Artifact], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -73,7 +113,7 @@ def test_a_head_that_gets_an_adapter_is_looked_at_again(
 def test_micro_batches_walk_on(inputs: dict[str, Artifact], monkeypatch: pytest.MonkeyPatch) -> None:
     found = distillation(inputs)
     seen: list[list[int]] = []
-    monkeypatch.setattr(found, "_loss", lambda rows, part: seen.append(rows))
+    monkeypatch.setattr(found, "_loss", lambda rows, part, share: seen.append(rows))
     for step in range(9):
         for micro in range(2):
             found.loss_of(step, micro)

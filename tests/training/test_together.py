@@ -18,7 +18,8 @@ from tests.training.student import build, read_tensors
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
-    return build(tmp_path_factory.mktemp("together"))
+    # Where weights train, a rounding error changes an index some steps later: over few held-out tokens that is seen.
+    return build(tmp_path_factory.mktemp("together"), tune=100)
 
 
 def flat(seen: dict[str, Any]) -> torch.Tensor:
