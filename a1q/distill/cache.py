@@ -13,6 +13,7 @@ tokens a shard holds, with K the number of top logits and R that of random negat
 | `negatives`       | [n, L, R]  | uint8, uint16 or int32, see `a1q.distill.negatives`                         |
 | `negative_logits` | [n, L, R]  | fp16, less the logsumexp                                                    |
 | `lse`             | [n, L]     | float32, logsumexp over the whole vocabulary                                |
+| `partitions`      | [n, L, P]  | float32, logsumexp(logits / T) for every T of `temperatures`, if any        |
 
 Position t holds the distribution of token t + 1.
 
@@ -24,7 +25,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +67,8 @@ class TeacherBatch:
     """Size of the teacher's vocabulary."""
     starts: Tensor
     """bool [B, L], where a document begins; a sequence's first token may be in the middle of one."""
+    partitions: Mapping[float, Tensor] = field(default_factory=dict)
+    """Temperature T -> float32 [B, L], logsumexp(logits / T) over the whole vocabulary, where the cache has it."""
     target_share: float | None = None
     """Targets per position of what the mean over next tokens is taken over, where that is more than this batch
     (`TeacherCache.target_share`); None for this batch."""
@@ -100,16 +103,17 @@ def token_bytes(vocabulary: int) -> int:
     return 4 if upper_bits(vocabulary) else 2
 
 
-def position_bytes(vocabulary: int, top_k: int, random_negatives: int) -> int:
-    """Bytes that one position (one token) takes in a shard, but for the bit of `starts`."""
+def position_bytes(vocabulary: int, top_k: int, random_negatives: int, temperatures: int = 0) -> int:
+    """Bytes that one position (one token) takes in a shard, but for the bit of `starts`; with partitions at so many
+    temperatures."""
     top = top_k * (2 + 2) + upper_bytes(vocabulary, top_k)
     negatives = random_negatives * (offset_bytes(vocabulary - top_k, random_negatives) + 2)
-    return token_bytes(vocabulary) + top + negatives + 4
+    return token_bytes(vocabulary) + top + negatives + 4 * (1 + temperatures)
 
 
-def sequence_bytes(vocabulary: int, length: int, top_k: int, random_negatives: int) -> int:
+def sequence_bytes(vocabulary: int, length: int, top_k: int, random_negatives: int, temperatures: int = 0) -> int:
     """Bytes that one sequence takes in a shard: multiply by the sequences for the size of a cache."""
-    return length * position_bytes(vocabulary, top_k, random_negatives) + -(-length // 8)
+    return length * position_bytes(vocabulary, top_k, random_negatives, temperatures) + -(-length // 8)
 
 
 def note_of(shard: Path) -> Path:
@@ -139,6 +143,7 @@ class TeacherCache:
         self.meta: Mapping[str, Any] = _read_description(self.folder)
         self.seq_len: int = self.meta["seq_len"]
         self.vocabulary: int = self.meta["vocabulary"]
+        self.temperatures: Sequence[float] = tuple(self.meta.get("temperatures", ()))
         self._per_shard = max(self.meta["shard_sequences"], 1)
         self._shards: dict[str, dict[int, dict[str, np.ndarray]]] = {part: {} for part in PARTS}
         self._finished = dict.fromkeys(PARTS, 0)
@@ -188,6 +193,7 @@ class TeacherCache:
         negatives = tensor(stacked("negatives"), np.int64)
         negative_logits = tensor(stacked("negative_logits"), np.float32) if negatives.shape[-1] else None
         starts = np.unpackbits(stacked("starts"), axis=-1, count=self.seq_len, bitorder="little")
+        partitions = tensor(stacked("partitions"), np.float32).unbind(-1) if self.temperatures else ()
         return TeacherBatch(
             tokens=tensor(stacked("tokens"), np.int64),
             ids=ids,
@@ -197,6 +203,7 @@ class TeacherCache:
             lse=lse,
             vocabulary=self.vocabulary,
             starts=tensor(starts, np.bool_),
+            partitions=dict(zip(self.temperatures, partitions, strict=True)),
         )
 
     def target_share(self, rows: Sequence[int], part: str = "train") -> float:

@@ -10,16 +10,16 @@ partition is always exact (its logits are all there). The loss per position is T
   over C and estimated over the rest by w sum_N f. At T = 1 value and gradient are unbiased; every sampled term
   vanishes, with its gradient, as q approaches p: the noise of sampling dies out as the student gets better.
 
-The teacher's partition at T = 1 is exact (the cached logsumexp). At T != 1 it is not in the cache: its part over the
-rest is estimated by the ratio estimator Z_s(rest) sum_N exp(t/T) / sum_N exp(s/T), the student's part Z_s(rest) being
-known exactly. The ratio's sampling error, too, dies out as the student approaches the teacher. It is detached: the
-gradient is that of the KL to a fixed teacher.
+The teacher's partition at T = 1 is exact (the cached logsumexp), and so it is at the temperatures that the cache was
+told (`TeacherBatch.partitions`). At others its part over the rest is estimated by the ratio estimator
+Z_s(rest) sum_N exp(t/T) / sum_N exp(s/T), the student's part Z_s(rest) being known exactly. The ratio's sampling error,
+too, dies out as the student approaches the teacher. It is detached: the gradient is that of the KL to a fixed teacher.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -33,15 +33,18 @@ if TYPE_CHECKING:
 TAILS = ("bucket", "negatives", "candidates")
 
 
-def tail_problem(tail: str, temperature: float, random_negatives: int, rest: int) -> str:
-    """Say why a cache with that many random negatives among `rest` ids outside its top-k can't serve this loss; empty
-    when it can. No torch."""
+def tail_problem(tail: str, temperature: float, random_negatives: int, rest: int, known: Collection[float] = ()) -> str:
+    """Say why a cache with that many random negatives among `rest` ids outside its top-k, and partitions at the
+    `known` temperatures, can't serve this loss; empty when it can. No torch."""
     if random_negatives or not rest or tail == "candidates":
         return ""
     if tail == "negatives":
         return "tail: negatives needs random negatives, and the cache has none"
-    if temperature != 1.0:
-        return f"tail: {tail} at temperature {temperature:g} needs random negatives, and the cache has none"
+    if temperature != 1.0 and temperature not in known:
+        return (
+            f"tail: {tail} at temperature {temperature:g} needs the teacher's partition there, or random negatives to "
+            "estimate it from, and the cache has none"
+        )
     return ""
 
 
@@ -69,7 +72,7 @@ class Terms:
         if vocabulary != batch.vocabulary:
             raise ValueError(f"the student's vocabulary is {vocabulary}, the teacher's {batch.vocabulary}")
         rest = batch.vocabulary - batch.ids.shape[-1]
-        problem = tail_problem(self.tail, self.temperature, batch.negatives.shape[-1], rest)
+        problem = tail_problem(self.tail, self.temperature, batch.negatives.shape[-1], rest, batch.partitions)
         if problem:
             raise ValueError(problem)
 
@@ -224,6 +227,8 @@ def _teacher_log_probs(
         negatives = negatives / temperature
     if temperature == 1.0:
         partition = batch.lse
+    elif temperature in batch.partitions:
+        partition = batch.partitions[temperature]
     else:
         partition = torch.logsumexp(top, dim=-1)
         if negatives is not None:

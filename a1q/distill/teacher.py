@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -58,6 +58,7 @@ def write_shards(
     log: Callable[[str], None] = lambda message: None,
     process: int = 0,
     processes: int = 1,
+    temperatures: Sequence[float] = (),
 ) -> dict[str, list[str]]:
     """Write every shard that `folder` doesn't hold undamaged yet, or this process's share of them.
 
@@ -74,6 +75,7 @@ def write_shards(
         progress: called with (sequences done, sequences in all), of this process's share, after every batch and every
             shard found finished.
         process: number of this process, below `processes`.
+        temperatures: those whose partitions are kept beside that at 1.
         processes: how many share the work; of both parts' shards in order, process r takes number r, r + processes, ...
 
     Returns:
@@ -101,7 +103,7 @@ def write_shards(
         answers = []
         for first in range(0, len(tokens), batch):
             ids = torch.from_numpy(tokens[first : first + batch].astype(np.int64)).to(device)
-            answers.append(ask_teacher(model, ids, top_k, random_negatives, generator, autocast))
+            answers.append(ask_teacher(model, ids, top_k, random_negatives, generator, autocast, temperatures))
             done += len(ids)
             progress(done, total)
         arrays = {key: np.concatenate([item[key] for item in answers]) for key in answers[0]}
@@ -118,6 +120,7 @@ def ask_teacher(
     random_negatives: int,
     generator: torch.Generator,
     autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
+    temperatures: Sequence[float] = (),
 ) -> dict[str, np.ndarray]:
     """One forward pass over tokens [B, L], as the arrays of a shard (see `a1q.distill.cache`), less `starts`.
 
@@ -134,10 +137,11 @@ def ask_teacher(
     places = offsets.flatten(0, 1).to(tokens.device).split(at_once)
     with torch.inference_mode():
         pieces = [
-            _answers(piece.float(), place, top_k) for piece, place in zip(logits.split(at_once), places, strict=True)
+            _answers(piece.float(), place, top_k, temperatures)
+            for piece, place in zip(logits.split(at_once), places, strict=True)
         ]
     answers = (torch.cat(items).unflatten(0, tokens.shape).cpu().numpy() for items in zip(*pieces, strict=True))
-    lse, ids, top, negatives = answers
+    lse, ids, top, negatives, partitions = answers
     offset_type = UNSIGNED[offset_bytes(vocabulary - top_k, random_negatives)]
     lower, upper = pack_ids(ids, vocabulary)
     return {
@@ -148,12 +152,15 @@ def ask_teacher(
         "negatives": offsets.numpy().astype(offset_type),
         "negative_logits": negatives,
         "lse": lse,
+        **({"partitions": partitions} if temperatures else {}),
     }
 
 
-def _answers(logits: Tensor, offsets: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _answers(
+    logits: Tensor, offsets: Tensor, top_k: int, temperatures: Sequence[float]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Of positions' logits [N, V] and offsets [N, R]: logsumexp [N], the top-k's ids [N, K] and log-probabilities
-    [N, K] in fp16, and the log-probabilities [N, R] of the negatives.
+    [N, K] in fp16, the log-probabilities [N, R] of the negatives, and the partitions [N, P] at `temperatures`.
 
     Raises:
         StageError: if a logit isn't finite.
@@ -167,7 +174,10 @@ def _answers(logits: Tensor, offsets: Tensor, top_k: int) -> tuple[Tensor, Tenso
     negatives = logits.gather(-1, offsets_to_ids(offsets, ids, logits.shape[-1]))
     lowest = torch.finfo(torch.float16).min  # a forbidden token's -inf would give NaN in a loss
     top, negatives = ((item - lse.unsqueeze(-1)).clamp_min(lowest).half() for item in (top, negatives))
-    return lse, ids, top, negatives
+    partitions = logits.new_empty(len(logits), len(temperatures))
+    for column, temperature in zip(partitions.unbind(-1), temperatures, strict=True):
+        column.copy_(torch.logsumexp(logits / temperature, dim=-1))
+    return lse, ids, top, negatives, partitions
 
 
 def publish_shards(folder: Path, names: dict[str, list[str]], out: Path) -> None:

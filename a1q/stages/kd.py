@@ -24,6 +24,7 @@ class CacheConfig:
     sequences: int
     tune_sequences: int
     shard_sequences: int
+    temperatures: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,9 @@ class KdStage(Stage):
             return Outcome()
         length = ctx.data[ctx.config.data].config["seq_len"]
         sequences = cache.sequences + cache.tune_sequences
-        size = sequences * sequence_bytes(vocabulary, length, cache.top_k, cache.random_negatives)
+        size = sequences * sequence_bytes(
+            vocabulary, length, cache.top_k, cache.random_negatives, len(cache.temperatures)
+        )
         return Outcome(
             view={
                 "vocabulary": vocabulary,
@@ -75,6 +78,7 @@ class KdStage(Stage):
                 "random_negatives": cache.random_negatives,
                 "sequences": cache.sequences,
                 "tune_sequences": cache.tune_sequences,
+                "temperatures": list(cache.temperatures),
                 "parameters": teacher.parameters,
                 "config": teacher.config,
             },
@@ -127,6 +131,7 @@ class KdStage(Stage):
             top_k=cache.top_k,
             random_negatives=cache.random_negatives,
             shard_sequences=cache.shard_sequences,
+            temperatures=list(cache.temperatures),
             parts={
                 part: {"sequences": len(tokens), "shards": shard_names(part, len(tokens), cache.shard_sequences)}
                 for part, tokens in parts.items()
@@ -145,6 +150,7 @@ class KdStage(Stage):
             top_k=cache.top_k,
             random_negatives=cache.random_negatives,
             shard_sequences=cache.shard_sequences,
+            temperatures=cache.temperatures,
             batch=config.batch,
             seed=ctx.seed,
             device=device,

@@ -155,7 +155,8 @@ class LoraRecoverStage(Stage):
         if objective.held_out() is None:
             raise StageError("the teacher cache has no held-out part to judge a recovery by: raise `tune_sequences`")
         identity = {"model": source.digest, "teacher": teacher.digest}
-        with told_what_to_lower(config.batch.sequences, config.batch.accumulate, cache.seq_len, None):
+        smaller = f"`rank` from {config.rank} to {max(config.rank // 2, 1)}"
+        with told_what_to_lower(config.batch.sequences, config.batch.accumulate, cache.seq_len, smaller):
             _train_adapters(ctx, objective, chosen, identity)
             helped = config.merge != "refit" or _refit(ctx, objective, chosen, latents, identity)
         if not ctx.world.leads:

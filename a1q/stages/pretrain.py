@@ -116,6 +116,7 @@ class PretrainStage(Stage):
         from a1q.models.checkpoint import save_model
         from a1q.training.device import prepare_torch
         from a1q.training.loop import LoopSpec, run_loop
+        from a1q.training.memory import told_what_to_lower
         from a1q.training.step_loss import NextTokenLoss
 
         config: PretrainConfig = ctx.config
@@ -136,6 +137,12 @@ class PretrainStage(Stage):
         tune = token_sequences(entry.config, folder, "tune", seq_len, None, ctx.seed)[: config.evaluate_sequences]
         test = token_sequences(entry.config, folder, "test", seq_len, None, ctx.seed)[: config.evaluate_sequences]
         ctx.log(f"{train.size:,} tokens to train on, {len(tune)} sequences to tune, {len(test)} to test")
+        asked = config.batch.sequences * config.batch.accumulate
+        if asked > len(train):
+            raise StageError(
+                f"a step reads {config.batch.sequences} x {config.batch.accumulate} sequences, and the text has "
+                f"{len(train)} of {seq_len} tokens: lower `batch.sequences` or the data's `seq_len`"
+            )
         model = new_model(config.architecture, config.tokenizer.vocab, ctx.seed).to(device)
         state = dict(model.named_parameters())
 
@@ -149,23 +156,26 @@ class PretrainStage(Stage):
         def evaluate() -> float:
             return mean_loss(model, tune)
 
-        result = run_loop(
-            ctx,
-            parameter_groups=[
-                {"name": "matrices", "params": [p for p in state.values() if p.ndim > 1], "lr": config.lr},
-                {
-                    "name": "norms",
-                    "params": [p for p in state.values() if p.ndim < 2],
-                    "lr": config.lr,
-                    "weight_decay": 0.0,
-                },
-            ],
-            loss_of=loss_of,
-            evaluate=evaluate,
-            spec=LoopSpec.of(config, ctx.seed),
-            state=state,
-            identity={"data": entry.digest, "vocab": config.tokenizer.vocab, "sequences": config.batch.sequences},
-        )
+        hidden = config.architecture.hidden_size
+        smaller = f"`architecture.hidden_size` from {hidden} to {hidden // 2}"
+        with told_what_to_lower(config.batch.sequences, config.batch.accumulate, seq_len, smaller):
+            result = run_loop(
+                ctx,
+                parameter_groups=[
+                    {"name": "matrices", "params": [p for p in state.values() if p.ndim > 1], "lr": config.lr},
+                    {
+                        "name": "norms",
+                        "params": [p for p in state.values() if p.ndim < 2],
+                        "lr": config.lr,
+                        "weight_decay": 0.0,
+                    },
+                ],
+                loss_of=loss_of,
+                evaluate=evaluate,
+                spec=LoopSpec.of(config, ctx.seed),
+                state=state,
+                identity={"data": entry.digest, "vocab": config.tokenizer.vocab, "sequences": config.batch.sequences},
+            )
         if result.last_loss is None:
             raise StageError("no step had a finite loss: lower the learning rate")
         ctx.metrics.update(result.metrics())

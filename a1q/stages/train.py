@@ -174,7 +174,8 @@ class TrainStage(Stage):
                 modules[name].drop_latent()
 
         kept, batch = KeptSteps(ctx.scratch, save), config.batch
-        with told_what_to_lower(batch.sequences, batch.accumulate, cache.seq_len, config.recompute):
+        less = "what trains: without `weights` in `trainable` a quarter of the memory is enough"
+        with told_what_to_lower(batch.sequences, batch.accumulate, cache.seq_len, less, config.recompute):
             result = run_loop(
                 ctx,
                 parameter_groups=groups,

@@ -89,7 +89,8 @@ class Distillation:
                 raise MismatchError(f"`local` compares hidden states layer by layer, and {problem}")
         elif not objective.online:
             rest = cache.vocabulary - cache.meta["top_k"]
-            problem = tail_problem(objective.tail, objective.temperature, cache.meta["random_negatives"], rest)
+            negatives = cache.meta["random_negatives"]
+            problem = tail_problem(objective.tail, objective.temperature, negatives, rest, cache.temperatures)
             if problem:
                 raise StageError(problem)
         if not cache.size("train"):

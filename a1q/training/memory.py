@@ -25,13 +25,16 @@ def peak_memory(device: str) -> int:
 
 
 @contextmanager
-def told_what_to_lower(sequences: int, accumulate: int, length: int, recompute: bool | None) -> Iterator[None]:
+def told_what_to_lower(
+    sequences: int, accumulate: int, length: int, else_: str, recompute: bool | None = None
+) -> Iterator[None]:
     """Say which three options to lower, and by how much, where memory runs out inside.
 
     Args:
         sequences: `batch.sequences`.
         accumulate: `batch.accumulate`.
         length: tokens of a sequence.
+        else_: what else to change, where one of the other three says nothing.
         recompute: that option; None where a stage has none.
 
     Raises:
@@ -42,10 +45,10 @@ def told_what_to_lower(sequences: int, accumulate: int, length: int, recompute: 
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not any(sign in str(error).lower() for sign in SIGNS):
             raise
-        raise StageError(f"out of memory; {_remedy(sequences, accumulate, length, recompute)}") from error
+        raise StageError(f"out of memory; {_remedy(sequences, accumulate, length, else_, recompute)}") from error
 
 
-def _remedy(sequences: int, accumulate: int, length: int, recompute: bool | None) -> str:
+def _remedy(sequences: int, accumulate: int, length: int, else_: str, recompute: bool | None) -> str:
     ways = []
     if sequences > 1:
         half = sequences // 2
@@ -58,5 +61,5 @@ def _remedy(sequences: int, accumulate: int, length: int, recompute: bool | None
         ways.append("`recompute` from false to true, which keeps one layer's activations instead of all")
     ways.append(f"the data's `seq_len` from {length} to {max(length // 2, 1)}")
     if len(ways) < 3:
-        ways.append("what trains: without `weights` in `trainable` a quarter of the memory is enough")
+        ways.append(else_)
     return "change one of these: " + "; ".join(ways)

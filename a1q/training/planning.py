@@ -55,9 +55,13 @@ def check_teacher(ctx: PlanContext, objective: Objective, view: ModelView) -> No
         return
     if not objective.online:
         rest = teacher.get("vocabulary", 0) - teacher.get("top_k", 0)
-        problem = tail_problem(objective.tail, objective.temperature, teacher.get("random_negatives", 1), rest)
+        known, negatives = teacher.get("temperatures", ()), teacher.get("random_negatives", 1)
+        problem = tail_problem(objective.tail, objective.temperature, negatives, rest, known)
         if problem:
-            ctx.recipe_problem("objective.tail", problem, "cache some (`random_negatives: 128`) or use `tail: bucket`")
+            remedy = "`random_negatives: 128`"
+            if objective.tail == "bucket":
+                remedy = f"`temperatures: [{objective.temperature:g}]`"
+            ctx.recipe_problem("objective.tail", problem, f"put {remedy} into the `cache` of `kd`")
     elif objective.local and teacher.get("config"):
         problem = stream_problem(view.config, teacher["config"])
         if problem:

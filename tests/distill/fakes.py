@@ -72,6 +72,7 @@ def write(folder, model, parts, *, top_k=5, random_negatives=7, shard_sequences=
         "top_k": top_k,
         "random_negatives": random_negatives,
         "shard_sequences": shard_sequences,
+        "temperatures": list(more.get("temperatures", ())),
         "parts": {part: {"sequences": len(parts[part]), "shards": names[part]} for part in PARTS},
     }
     (folder / "teacher.json").write_text(json.dumps(description))

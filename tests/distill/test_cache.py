@@ -27,6 +27,7 @@ def shapes(draw):
         "tune": draw(st.integers(0, 5)),
         "shard_sequences": draw(st.integers(1, 5)),
         "batch": draw(st.integers(1, 4)),
+        "temperatures": draw(st.sampled_from([(), (2.0,), (0.5, 4.0)])),
     }
 
 
@@ -39,7 +40,7 @@ def test_what_is_read_is_what_the_teacher_said(tmp_path_factory, shape, data):
         part: random_tokens(shape[part], shape["length"], shape["vocabulary"], seed)
         for seed, part in enumerate(("train", "tune"))
     }
-    names = ("top_k", "random_negatives", "shard_sequences", "batch")
+    names = ("top_k", "random_negatives", "shard_sequences", "batch", "temperatures")
     starts = {part: random_tokens(*tokens.shape, 3, seed=7) == 0 for part, tokens in parts.items()}
     write(folder, model, parts, starts=starts, **{name: shape[name] for name in names})
     cache = TeacherCache(folder)
@@ -58,6 +59,9 @@ def test_what_is_read_is_what_the_teacher_said(tmp_path_factory, shape, data):
         assert torch.equal(batch.continues[:, :-1], ~begins[:, 1:]) and not batch.continues[:, -1].any()
         assert cache.target_share(rows, part) == pytest.approx(float(batch.continues.double().mean()), abs=1e-12)
         assert torch.equal(batch.lse, logits.logsumexp(-1))
+        assert tuple(batch.partitions) == shape["temperatures"]
+        for temperature, partition in batch.partitions.items():
+            assert torch.equal(partition, (logits / temperature).logsumexp(-1))
         assert torch.equal(batch.top1, logits.argmax(-1))
         top, ids = logits.topk(shape["top_k"])
         assert torch.equal(batch.ids, ids)
@@ -74,16 +78,18 @@ def test_what_is_read_is_what_the_teacher_said(tmp_path_factory, shape, data):
         assert not (batch.negatives[..., :, None] == ids[..., None, :]).any()
 
 
-def test_size_on_disk_is_the_formula(tmp_path):
+@pytest.mark.parametrize("temperatures", [(), (2.0, 3.0)])
+def test_size_on_disk_is_the_formula(tmp_path, temperatures):
     parts = {"train": random_tokens(8, 16, 500), "tune": random_tokens(4, 16, 500)}
-    names = write(tmp_path, TableModel(500), parts, top_k=20, random_negatives=30)
+    names = write(tmp_path, TableModel(500), parts, top_k=20, random_negatives=30, temperatures=temperatures)
     size = sum((tmp_path / name).stat().st_size for part in names.values() for name in part)
     headers = 0
     for name in (name for part in names.values() for name in part):
         ends = [item["data_offsets"][1] for item in read_safetensors_header(tmp_path / name).values()]
         headers += (tmp_path / name).stat().st_size - max(ends)
-    assert size - headers == 12 * sequence_bytes(500, 16, 20, 30) == 12 * (16 * position_bytes(500, 20, 30) + 2)
-    assert position_bytes(500, 20, 30) == 2 + 20 * 4 + 30 * 3 + 4
+    asked = 20, 30, len(temperatures)
+    assert size - headers == 12 * sequence_bytes(500, 16, *asked) == 12 * (16 * position_bytes(500, *asked) + 2)
+    assert position_bytes(500, *asked) == 2 + 20 * 4 + 30 * 3 + 4 + 4 * len(temperatures)
 
 
 def test_of_a_wide_vocabulary_a_kept_logit_takes_less_than_5_bytes(tmp_path):

@@ -14,7 +14,7 @@ from a1q.distill.negatives import draw_offsets, offsets_to_ids
 B, L, V = 2, 7, 60
 
 
-def make_batch(teacher, kept, count, seed=0, tokens=None, starts=None):
+def make_batch(teacher, kept, count, seed=0, tokens=None, starts=None, temperatures=()):
     """What a cache would say about `teacher`, logits [B, L, V] in float64, without the rounding to fp16."""
     vocabulary = teacher.shape[-1]
     generator = torch.Generator().manual_seed(seed)
@@ -26,7 +26,8 @@ def make_batch(teacher, kept, count, seed=0, tokens=None, starts=None):
     values = teacher.gather(-1, negatives) if count else None
     if starts is None:
         starts = torch.zeros_like(tokens, dtype=torch.bool)
-    return TeacherBatch(tokens, ids, top, negatives, values, teacher.logsumexp(-1), vocabulary, starts)
+    partitions = {number: (teacher / number).logsumexp(-1) for number in temperatures}
+    return TeacherBatch(tokens, ids, top, negatives, values, teacher.logsumexp(-1), vocabulary, starts, partitions)
 
 
 def pair(seed=0, distance=0.7, vocabulary=V):
@@ -77,7 +78,8 @@ def test_bucket_is_the_kl_of_the_grouped_distributions():
     assert loss < full_kl(teacher, student, 1.0)
 
 
-def test_bucket_at_a_temperature_with_every_negative_is_exact():
+@pytest.mark.parametrize("known", [False, True], ids=["every negative", "partition"])
+def test_bucket_at_a_temperature_with_every_negative_or_the_partition_is_exact(known):
     teacher, student = pair()
     kept, temperature = 6, 2.0
     ids = teacher.topk(kept).indices
@@ -88,7 +90,8 @@ def test_bucket_at_a_temperature_with_every_negative_is_exact():
 
     p, q = grouped(teacher), grouped(student)
     exact = temperature**2 * (p * (p / q).log()).sum(-1).mean()
-    loss, _ = kd_loss(student, make_batch(teacher, kept, V - kept), temperature=temperature, tail="bucket")
+    batch = make_batch(teacher, kept, 0, temperatures=(2.0,)) if known else make_batch(teacher, kept, V - kept)
+    loss, _ = kd_loss(student, batch, temperature=temperature, tail="bucket")
     torch.testing.assert_close(loss, exact)
 
 
@@ -104,13 +107,16 @@ def test_candidates_are_softmaxes_over_the_top_alone(temperature):
     torch.testing.assert_close(torch.autograd.grad(loss, student), torch.autograd.grad(exact, student))
 
 
-def test_the_estimate_by_negatives_has_no_bias_in_value_and_gradient():
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_the_estimate_by_negatives_has_no_bias_in_value_and_gradient(temperature):
+    """Where the teacher's partition is known."""
     teacher, student = pair(distance=1.0)
-    exact = full_kl(teacher, student, 1.0)
+    exact = full_kl(teacher, student, temperature)
     (wanted,) = torch.autograd.grad(exact, student)
     values, gradients = [], []
     for seed in range(400):
-        loss, _ = kd_loss(student, make_batch(teacher, 8, 10, seed), tail="negatives")
+        batch = make_batch(teacher, 8, 10, seed, temperatures=(2.0,))
+        loss, _ = kd_loss(student, batch, temperature=temperature, tail="negatives")
         values.append(loss.detach())
         gradients.append(torch.autograd.grad(loss, student)[0])
     found = torch.stack(values)
@@ -215,6 +221,8 @@ def test_what_the_cache_cannot_serve_is_refused():
     bare = make_batch(teacher, 6, 0)
     assert "random negatives" in tail_problem("negatives", 1.0, 0, 5)
     assert "random negatives" in tail_problem("bucket", 2.0, 0, 5)
+    assert "partition" in tail_problem("bucket", 2.0, 0, 5, (3.0,))
+    assert not tail_problem("bucket", 2, 0, 5, (3.0, 2.0))
     assert not tail_problem("bucket", 1.0, 0, 5)
     assert not tail_problem("candidates", 2.0, 0, 5)
     assert not tail_problem("negatives", 2.0, 0, 0)

@@ -25,6 +25,7 @@ from tests.distill.workspace import as_artifact, make_context, model_artifact, p
 def options(**changes):
     registry = load_registry()
     cache = {"top_k": 8, "random_negatives": 16, "sequences": 10, "tune_sequences": 3, "shard_sequences": 4}
+    cache["temperatures"] = [2]
     cache |= changes.pop("cache", {})
     values = {"data": "text", "cache": cache, "batch": 2, **changes}
     schema = registry.schema("stages", "kd")
@@ -69,6 +70,7 @@ def test_the_cache_holds_what_the_model_says_about_both_sides(cached, student, e
         with torch.no_grad():
             logits = model(input_ids=batch.tokens).logits
         torch.testing.assert_close(batch.lse, logits.logsumexp(-1), rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(batch.partitions[2.0], (logits / 2).logsumexp(-1), rtol=1e-5, atol=1e-4)
         torch.testing.assert_close(batch.logits, logits.gather(-1, batch.ids), rtol=0, atol=1e-2)
         torch.testing.assert_close(batch.negative_logits, logits.gather(-1, batch.negatives), rtol=0, atol=1e-2)
         torch.testing.assert_close(batch.logits[..., 0], logits.max(-1).values, rtol=0, atol=1e-2)
@@ -214,7 +216,7 @@ def view(vocabulary=320):
 def test_plan_predicts_the_size_on_disk(cached):
     outcome, problems = plan_stage(KdStage, options(), {"model": view(), "teacher_model": None})
     assert not problems
-    assert outcome.disk_bytes == 13 * sequence_bytes(320, 16, 8, 16)
+    assert outcome.disk_bytes == 13 * sequence_bytes(320, 16, 8, 16, 1)
     size = sum(path.stat().st_size for path in cached.out.glob("*.safetensors"))
     assert outcome.disk_bytes < size < outcome.disk_bytes + 4 * 1000  # four shards' headers
     assert outcome.view["random_negatives"] == 16 and outcome.view["vocabulary"] == 320

@@ -13,6 +13,7 @@ import pytest
 
 from a1q.engine.config import build_config
 from a1q.engine.stage import DataEntry, PlanContext, Runtime, StageContext
+from a1q.errors import StageError
 from a1q.stages.pretrain import Batches, PretrainStage, unigram_entropy
 from tests.data.text import sentence
 
@@ -135,6 +136,20 @@ def test_killed_and_run_again_gives_the_same_bits(tmp_path: Path, trained: Stage
     assert ctx.metrics["resumed_from"] == 6
     for name in ("model.safetensors", "tokenizer.json", "config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (trained.out / name).read_bytes()
+
+
+def test_a_step_larger_than_the_text_is_refused(tmp_path: Path):
+    with pytest.raises(StageError, match=r"a step reads 100 x 9 sequences, and the text has \d+ of 32 tokens"):
+        PretrainStage().run(context(tmp_path, batch={"sequences": 100, "accumulate": 9}))
+
+
+def test_out_of_memory_names_what_to_lower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr("a1q.training.step_loss.NextTokenLoss.forward", full)
+    with pytest.raises(StageError, match=r"`batch\.sequences` from 8 to 4 .*hidden_size` from 32 to 16"):
+        PretrainStage().run(context(tmp_path))
 
 
 def test_batches_read_every_row_once_an_epoch_and_depend_on_the_number_alone():
