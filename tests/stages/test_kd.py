@@ -239,7 +239,7 @@ def test_plan_refuses_what_does_not_fit(cache, teacher, path, text):
 
 def test_the_whole_vocabulary_may_be_kept():
     outcome, problems = plan_stage(KdStage, options(cache={"top_k": 320, "random_negatives": 0}), {"model": view()})
-    assert not problems and outcome.disk_bytes == 13 * (16 * (2 + 320 * 4 + 4) + 2)
+    assert not problems and outcome.disk_bytes == 13 * (16 * (2 + 320 * 4 + 2 * 4) + 2)
 
 
 def test_stages_import_no_torch():
