@@ -10,19 +10,20 @@ The vocabulary is walked in tiles of a few thousand rows of the head W [V, H]. W
 * Beside a teacher that runs along, the gradient of KL(p || q) by l_v is (q_v - p_v) / T. Both partitions have to be
   known for the two to be subtracted before anything is rounded, so its tiles, too, are computed again.
 
-Rows of a quantized head that stands still are made tile by tile, and the whole weight never is.
+Rows of a quantized head are made tile by tile, in each pass, and the whole weight never is, unless it has a latent: a
+tile's dL/dW goes on to the parts that train, and is forgotten.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from a1q.distill.tiles import Guide, Partition, tile_logits, tiles
+from a1q.distill.tiles import Guide, Partition, spans, tile_logits, tiles
 from a1q.quant.module import QuantModule
 from a1q.quant.tied import TiedHead
 
@@ -100,7 +101,8 @@ class Head:
     def _ask(
         self, hidden: Tensor, index: Tensor, temperatures: Sequence[float], guide: Guide | None
     ) -> tuple[Tensor, ...]:
-        weight = self.weight() if self.trains else None
+        parts = self._source.trained_parts() if self.trains and isinstance(self._source, QuantModule) else {}
+        weight = self.weight() if self.trains and not parts else None
         kind = _type_of_products(hidden)
         with torch.autocast(hidden.device.type, enabled=False):
             return _Answers.apply(
@@ -110,7 +112,14 @@ class Head:
                 index.reshape(-1, index.shape[-1]),
                 tuple(temperatures),
                 guide,
+                tuple(parts),
+                *parts.values(),
             )
+
+    def rows_of(self, parts: Mapping[str, Tensor], start: int, stop: int) -> Tensor:
+        """`rows` of a quantized head, differentiable by the given parts."""
+        assert isinstance(self._source, QuantModule)
+        return self._source.rows_of(parts, start, stop)
 
 
 class HeadFinder:
@@ -175,8 +184,10 @@ class _Chosen:
 
 
 class _Answers(torch.autograd.Function):
-    """(h [N, H], W [V, H] or None, head, index [N, I], temperatures, guide) -> (partition [N] each, picked [N, I]);
-    with a guide picked is [N, 1 + I], its top-1 first, and the gap [N] is the last of all."""
+    """(h [N, H], W [V, H] or None, head, index [N, I], temperatures, guide, names of parts, parts) -> (partition [N] each,
+    picked [N, I]); with a guide picked is [N, 1 + I], its top-1 first, and the gap [N] is the last of all.
+
+    A head that trains gives W, or its parts."""
 
     @staticmethod
     def forward(
@@ -187,9 +198,11 @@ class _Answers(torch.autograd.Function):
         index: Tensor,
         temperatures: tuple[float, ...],
         guide: Guide | None,
+        names: tuple[str, ...],
+        *parts: Tensor,
     ) -> tuple[Tensor, ...]:
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        along = weight is None and ctx.needs_input_grad[0] and guide is None
+        along = weight is None and not parts and ctx.needs_input_grad[0] and guide is None
         sums = [Partition(len(hidden), wide, hidden.device) for _ in temperatures]
         pulls = [torch.zeros(hidden.shape, dtype=wide, device=hidden.device) for _ in temperatures if along]
         picked = torch.empty(index.shape, dtype=wide, device=hidden.device)
@@ -217,27 +230,30 @@ class _Answers(torch.autograd.Function):
         slopes = [
             pull / (part.mass * t)[:, None] for pull, part, t in zip(pulls, sums, temperatures, strict=False)
         ]  # of the partitions by h; none unless taken along
-        ctx.save_for_backward(hidden, weight, index, *partitions, *slopes)
+        ctx.names = names
+        ctx.save_for_backward(hidden, weight, index, *parts, *partitions, *slopes)
         return tuple(found)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         hidden, weight, index, *kept = ctx.saved_tensors
+        parts, kept = kept[: len(ctx.names)], kept[len(ctx.names) :]
         count = len(ctx.temperatures)
         partitions, slopes = kept[:count], kept[count:]
         by_partition, (by_picked, *by_gap) = grads[:count], grads[count:]
         chosen = _Chosen(index)
-        nothing = (None,) * 4
+        nothing = (None,) * 5
         if ctx.along:
             total = sum(grad[:, None] * slope for grad, slope in zip(by_partition, slopes, strict=True))
             for start, rows in tiles(ctx.head, weight, hidden):
                 _add_rows(total, by_picked, chosen.within(start, start + len(rows)), rows)
-            return total.to(hidden.dtype), None, *nothing
+            return total.to(hidden.dtype), None, *nothing, *(None for _ in parts)
         wide = by_picked.dtype
         d_hidden = torch.zeros(hidden.shape, dtype=wide, device=hidden.device) if ctx.needs_input_grad[0] else None
         d_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
-        for start, rows in tiles(ctx.head, weight, hidden):
+        d_parts: list[Tensor | None] = [None] * len(parts)
+        for start, rows, graph in _with_graphs(ctx.head, weight, hidden, dict(zip(ctx.names, parts, strict=True))):
             stop = start + len(rows)
             logits = tile_logits(hidden, rows, ctx.head.bias, start, wide)
             slope = torch.zeros_like(logits)
@@ -252,7 +268,28 @@ class _Answers(torch.autograd.Function):
                 d_hidden += slope @ rows
             if d_weight is not None:
                 torch.mm(slope.T, hidden, out=d_weight[start:stop])
-        return None if d_hidden is None else d_hidden.to(hidden.dtype), d_weight, *nothing
+            if graph is not None:
+                found = zip(d_parts, graph(slope.T @ hidden), strict=True)
+                d_parts = [new if total is None else total.add_(new) for total, new in found]
+        return None if d_hidden is None else d_hidden.to(hidden.dtype), d_weight, *nothing, *d_parts
+
+
+def _with_graphs(
+    head: Head, weight: Tensor | None, hidden: Tensor, parts: Mapping[str, Tensor]
+) -> Iterator[tuple[int, Tensor, Callable[[Tensor], Sequence[Tensor | None]] | None]]:
+    """`tiles`, and for a head given by its parts what makes of a tile's dL/dW the gradients by these."""
+    if not parts:
+        yield from ((start, rows, None) for start, rows in tiles(head, weight, hidden))
+        return
+    for start, stop in spans(head, hidden):
+        with torch.enable_grad():
+            leaves = {name: part.detach().requires_grad_() for name, part in parts.items()}
+            rows = head.rows_of(leaves, start, stop)
+
+        def by_parts(gradient: Tensor, rows: Tensor = rows, leaves: Mapping[str, Tensor] = leaves) -> Any:
+            return torch.autograd.grad(rows, list(leaves.values()), gradient.to(rows.dtype), allow_unused=True)
+
+        yield start, rows.detach().to(hidden.dtype), by_parts
 
 
 def _add_rows(total: Tensor, by_picked: Tensor, chosen: tuple[Tensor, Tensor, Tensor], rows: Tensor) -> None:

@@ -34,12 +34,17 @@ def tiles(head: Matrix, weight: Tensor | None, hidden: Tensor) -> Iterator[tuple
         weight: W [V, H] where it is at hand; else its rows are asked for.
         hidden: h [N, H].
     """
+    for start, stop in spans(head, hidden):
+        rows = head.rows(start, stop) if weight is None else weight[start:stop]
+        yield start, rows.detach().to(hidden.dtype)
+
+
+def spans(head: Matrix, hidden: Tensor) -> Iterator[tuple[int, int]]:
+    """(first row, row behind the last) of every tile, for states [N, H]."""
     least, most = ROWS
     size = min(max(TILE // len(hidden), least), most) // least * least
     for start in range(0, head.vocabulary, size):
-        stop = min(start + size, head.vocabulary)
-        rows = head.rows(start, stop) if weight is None else weight[start:stop]
-        yield start, rows.detach().to(hidden.dtype)
+        yield start, min(start + size, head.vocabulary)
 
 
 def tile_logits(hidden: Tensor, rows: Tensor, bias: Tensor | None, start: int, wide: torch.dtype) -> Tensor:

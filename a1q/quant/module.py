@@ -131,6 +131,20 @@ class QuantModule(nn.Module):
             latent = None if self.latent is None else self.latent[start:stop]
             return self.scheme.weight(stored, latent, self.straight_through_fp16)
 
+    def trained_parts(self) -> dict[str, Tensor]:
+        """Parts that train, by name, where rows can be made of them (`rows_of`) and no latent decides; else none."""
+        nothing = torch.arange(0, device=self.indices.device)
+        if self.latent is not None or self.scheme.select_rows(self._stored(), nothing) is None:
+            return {}
+        return {name: part for name, part in self._stored().items() if part.requires_grad}
+
+    def rows_of(self, parts: Mapping[str, Tensor], start: int, stop: int) -> Tensor:
+        """`rows`, differentiable by `parts`, which stand for its own `trained_parts`."""
+        rows = torch.arange(start, stop, device=self.indices.device)
+        stored = self.scheme.select_rows({**self._stored(), **parts}, rows)
+        assert stored is not None
+        return self.scheme.weight(stored, None, self.straight_through_fp16)
+
     def parts(self) -> dict[str, Tensor]:
         """Name -> tensor, `indices` first: those of `latent` where there is one. Parameters are not copied."""
         stored = self._stored()

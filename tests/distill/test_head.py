@@ -106,7 +106,17 @@ def test_logits_too_large_to_exponentiate():
     torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("spec", [{"scheme": "lut_lowrank", "bits": 3}, {"scheme": "vector_lut", "bits": 2}])
+HEADS = (
+    {"scheme": "lut_lowrank", "bits": 3},
+    {"scheme": "lut_lowrank", "bits": 2, "rank": 2},
+    {"scheme": "vector_lut", "bits": 2},
+    {"scheme": "lut", "bits": 2, "granularity": "group", "channels": 4},
+    {"scheme": "balanced", "bits": 2},
+    {"scheme": "affine", "bits": 4, "granularity": "group", "group_size": 4},
+)
+
+
+@pytest.mark.parametrize("spec", HEADS, ids=lambda spec: "-".join(map(str, spec.values())))
 @pytest.mark.parametrize("state", ["trains", "latent", "still", "snapped"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_quantized_heads(spec, state, tied):
@@ -135,9 +145,10 @@ def test_quantized_heads(spec, state, tied):
         torch.testing.assert_close(ours, theirs, **near)
 
 
-def test_a_quantized_head_that_stands_still_is_never_made_whole(monkeypatch):
+@pytest.mark.parametrize("trains", [False, True])
+def test_a_quantized_head_without_a_latent_is_never_made_whole(monkeypatch, trains):
     hidden, dense, batch = setting(dtype=torch.float32)
-    head = QuantLinear.quantize(dense, {"scheme": "lut_lowrank", "bits": 3}, keep_latent=False).requires_grad_(False)
+    head = QuantLinear.quantize(dense, {"scheme": "lut_lowrank", "bits": 3}, keep_latent=False).requires_grad_(trains)
     monkeypatch.setattr(QuantLinear, "weight", property(lambda self: pytest.fail("the whole weight was made")))
     monkeypatch.setattr(QuantLinear, "dequantize", lambda self: pytest.fail("the whole weight was made"))
     by_tiles(hidden, Head(head), batch)[0].backward()
