@@ -184,8 +184,8 @@ class _Chosen:
 
 
 class _Answers(torch.autograd.Function):
-    """(h [N, H], W [V, H] or None, head, index [N, I], temperatures, guide, names of parts, parts) -> (partition [N] each,
-    picked [N, I]); with a guide picked is [N, 1 + I], its top-1 first, and the gap [N] is the last of all.
+    """(h [N, H], W [V, H] or None, head, index [N, I], temperatures, guide, names of parts, parts) ->
+    (partition [N] each, picked [N, I]); with a guide picked is [N, 1 + I], its top-1 first, and the gap [N] is last.
 
     A head that trains gives W, or its parts."""
 
@@ -270,7 +270,7 @@ class _Answers(torch.autograd.Function):
                 torch.mm(slope.T, hidden, out=d_weight[start:stop])
             if graph is not None:
                 found = zip(d_parts, graph(slope.T @ hidden), strict=True)
-                d_parts = [new if total is None else total.add_(new) for total, new in found]
+                d_parts = [new if total is None or new is None else total.add_(new) for total, new in found]
         return None if d_hidden is None else d_hidden.to(hidden.dtype), d_weight, *nothing, *d_parts
 
 

@@ -2,8 +2,9 @@
 
 A head of Qwen3-0.6B's shape over 512 positions, forward and backward, the distillation loss with a teacher's top 128
 and 128 random negatives. Every variant runs in a process of its own; memory is the process's peak above what it was
-once everything was imported; the head itself is in it, and taken out in the second ratio. Heads: fp32 that stands still (an embedding kept in full
-precision), the same one trained, 4-bit `lut_lowrank` that stands still, and the same one with scales and table trained.
+once everything was imported; the head itself is in it, and taken out in the second ratio. Heads: fp32 that stands still
+(an embedding kept in full precision), the same one trained, 4-bit `lut_lowrank` that stands still, and the same one
+with scales and table trained.
 """
 
 from __future__ import annotations
