@@ -1,9 +1,10 @@
 """Every shipped workflow against itself as published: `python -m benchmarks.workflows [--only NAME] [--table]`.
 
-A row is a shipped recipe on the built-in model with some of its parts as first published for this family of methods (the
-start, the conversion, the loss); each row takes one of them back, and the last is the recipe as shipped. Bits, data, batch
-and steps of training are equal within a workflow. KL to the teacher and cross-entropy are those of the test side, which
-nothing was chosen by. Rows are runs of `a1q` in a store of its own that is kept ($A1Q_HOME, or benchmarks' own).
+A row is a shipped recipe on the built-in model with some of its parts as first published for this family of methods
+(the start, the conversion, the loss); each row takes one of them back, and the last is the recipe as shipped. Bits,
+data, batch and steps of training are equal within a workflow. KL to the teacher and cross-entropy are those of the test
+side, which nothing was chosen by. Rows are runs of `a1q` in a store of its own that is kept ($A1Q_HOME, or
+benchmarks' own).
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ WORKFLOWS = (
         "q4_to_q2",
         (
             Factor("start", ("stages.q4.rules.mlp.fit=absmax_svd", "stages.q4.rules.attn.fit=absmax_svd")),
-            Factor("conversion", ("stages.q2.method=published",), ("stages.q2.reconstruct",)),
+            Factor("conversion", ("stages.q2.method=published",), ("stages.q2.reconstruct", "stages.q2.compare")),
             loss("q4_train", "q2_train", "recover"),
         ),
         target=0.7,

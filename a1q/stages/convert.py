@@ -30,6 +30,7 @@ class ConvertConfig:
     rules: Mapping[str, Mapping[str, Any]]
     target: str
     method: str
+    compare: str | None
     statistics: str | None
     teacher: str | None
     teacher_model: Any
@@ -54,6 +55,7 @@ class ConvertStage(Stage):
         view: ModelView = ctx.views["model"]
         owners = resolve_rules(ctx, ctx.config.rules, "rules", view)
         changed = _planned(ctx, view, owners)
+        _check_compare(ctx, view, changed)
         check_statistics(ctx)
         check_reconstruction(ctx)
         result = view.replace(changed)
@@ -66,7 +68,7 @@ class ConvertStage(Stage):
             disk_bytes=disk_bytes(result),
             memory_bytes=fit_memory(result, changed)
             + order_memory(ctx, result, changed)
-            + 4 * view.parameters * bool(ctx.config.kl_sequences),
+            + 4 * view.parameters * (bool(ctx.config.kl_sequences) + bool(ctx.config.compare)),
             notes=lines,
         )
 
@@ -91,10 +93,16 @@ class ConvertStage(Stage):
         measure = _kl_meter(ctx, device)
         if measure is not None:
             ctx.metrics["kl_before"] = measure(model)
+            if ctx.config.compare:
+                copy = _published(load_model(source.path, device=device), changed, ctx)
+                ctx.metrics["kl_published"] = measure(copy)
+                del copy
         fitter = _Fitter(model, changed, ctx.config, ctx.seed)
         found = fit_in_order(ctx, model, list(changed), fitter, statistics, ctx.config, {"model": source.digest})
         if measure is not None:
             ctx.metrics["kl_after"] = measure(model)
+            if ctx.config.compare:
+                _report_comparison(ctx)
         save_model(model, ctx.out, tokenizer_from=source.path)
         ctx.metrics.update(
             modules=len(changed),
@@ -171,6 +179,45 @@ def _merged(old: Mapping[str, Any], rule: Mapping[str, Any]) -> dict[str, Any]:
 def _publishable(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
     both = old["scheme"] == new["scheme"] == PUBLISHED
     return both and new["bits"] <= old["bits"] and new["rank"] >= old["rank"]
+
+
+def _check_compare(ctx: PlanContext, view: ModelView, changed: Mapping[str, ModuleView]) -> None:
+    """Record why the published conversion can't stand beside this one."""
+    if not ctx.config.compare:
+        return
+    unlike = [
+        name
+        for name, module in changed.items()
+        if not _publishable(view.modules[name].scheme or {}, module.scheme or {})
+    ]
+    if unlike:
+        message = f"the published conversion takes {PUBLISHED} to the same or fewer bits and the same or more ranks"
+        ctx.recipe_problem("compare", f"{message}, unlike {', '.join(summarize(unlike))}", "leave `compare` out")
+    if ctx.config.method == "published":
+        ctx.recipe_problem("compare", "`method: published` is what would be compared with", "leave one of them out")
+    if ctx.config.kl_sequences == 0 or ctx.views.get("teacher") is None:
+        remedy = "put a `kd` stage before it, and `kl_sequences` above 0"
+        ctx.recipe_problem("compare", "there is no KL to compare", remedy)
+
+
+def _published(model: Any, changed: Mapping[str, ModuleView], ctx: StageContext) -> Any:
+    """`model`, converted as published."""
+    for name, view in changed.items():
+        module = model.get_submodule(name)
+        wanted = _target(module, ctx.config.target)
+        module.drop_adapter()
+        assert view.scheme is not None
+        _refit_published(module, view.scheme, wanted, ctx.seed)
+    return model
+
+
+def _report_comparison(ctx: StageContext) -> None:
+    before, ours, published = (ctx.metrics[f"kl_{name}"] for name in ("before", "after", "published"))
+    ctx.metrics["kl_saved"] = published - ours
+    ctx.log(
+        f"held-out KL {before:.5g} before; {ours:.5g} converted here, {published:.5g} as published: "
+        f"{published - ours:.5g} saved"
+    )
 
 
 def _target(module: QuantModule, wanted: str) -> Tensor:

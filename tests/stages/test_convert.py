@@ -59,6 +59,32 @@ def test_refit_beats_the_published_conversion(tmp_path: Path, built: dict[str, A
     assert figures["refit"]["kl_after"] < figures["published"]["kl_after"]
 
 
+def test_the_published_conversion_stands_beside_ours(tmp_path: Path, built: dict[str, Artifact]) -> None:
+    inputs = {"model": built["model"], "teacher": built["teacher"]}
+    options = {"rules": {"mlp": {"bits": 2, "rank": 2}}}
+    _, theirs = run("convert", tmp_path / "theirs", inputs, {**options, "method": "published"})
+    made, alone = run("convert", tmp_path / "alone", inputs, options)
+    other, ctx = run("convert", tmp_path / "both", inputs, {**options, "compare": "published"})
+    assert ctx.metrics["kl_published"] == theirs.metrics["kl_after"]
+    assert ctx.metrics["kl_after"] == alone.metrics["kl_after"]
+    assert ctx.metrics["kl_saved"] == ctx.metrics["kl_published"] - ctx.metrics["kl_after"] > 0
+    ours, same = (load_model(artifact.path).state_dict() for artifact in (made, other))
+    assert all(torch.equal(tensor, same[name]) for name, tensor in ours.items())
+
+
+def test_what_has_no_published_conversion_is_not_compared(built: dict[str, Artifact]) -> None:
+    def problems(**options: object) -> list[str]:
+        views = {"model": view_of(built["model"]), "teacher": {"vocabulary": 320}}
+        found = plan("convert", views, {"rules": {"mlp": {"bits": 2}}, "compare": "published", **options})[1]
+        assert {path for path, *_ in found} <= {"compare"}
+        return [message for _, message, *_ in found]
+
+    assert problems() == []
+    assert "unlike model.layers.{0..1}.mlp.down_proj" in problems(rules={"mlp": {"scheme": "lut"}})[0]
+    assert "is what would be compared with" in problems(method="published")[0]
+    assert "no KL to compare" in problems(kl_sequences=0)[0]
+
+
 def test_target_quantized_fits_the_grid_values(tmp_path: Path, built: dict[str, Artifact]) -> None:
     options = {"rules": {"mlp": {"bits": 2}}, "target": "quantized"}
     made, ctx = run("convert", tmp_path, {"model": built["model"]}, options)
