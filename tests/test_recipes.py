@@ -45,6 +45,7 @@ SETTINGS = {
         "stages.check.gate={}",
         *(item for item in SHORT if ".ane." in item),
     ],
+    "apple_2bit": ["model.source={model}", TEXT, "stages.check.gate={}", *SHORT],
     "q4": ["model.source={model}", TEXT, "stages.eval.gate={}", "stages.ane.context=128"],
     "pico": [
         "data.prose={source: builtin:prose, seq_len: 32}",
@@ -60,6 +61,14 @@ SETTINGS = {
         "stages.teacher.cache.top_k=32",
         "stages.check.gate={}",
         *(item.replace(".app.", ".anemll.") for item in SHORT),
+    ],
+    "qwen3-0.6b/apple_2bit": [
+        "model.source={model}",
+        TEXT,
+        "groups.linears.expect={linears}",
+        "stages.teacher.cache.top_k=32",
+        "stages.check.gate={}",
+        *SHORT,
     ],
 }
 """`--set`s that make a recipe fit a tiny model and the built-in text; `--smoke` does the rest."""
@@ -97,6 +106,7 @@ def test_it_runs_to_its_exports(name: str, home: Path, tmp_path: Path, monkeypat
     text = tmp_path / "text.jsonl"
     text.write_text("".join(json.dumps({"text": sentence(number)}) + "\n" for number in range(400)), encoding="utf-8")
     facts = {"{model}": str(model), "{text}": str(text), "{mlp}": str(3 * layers), "{attn}": str(4 * layers)}
+    facts["{linears}"] = str(7 * layers)
     sets = [word for item in SETTINGS[name] for word in ("--set", _filled(item, facts))]
     done = a1q("run", name, "-o", tmp_path / "run", "--smoke", *sets)
     assert done.exit_code == 0, done.output
@@ -106,12 +116,14 @@ def test_it_runs_to_its_exports(name: str, home: Path, tmp_path: Path, monkeypat
     assert exports and all(any((tmp_path / "run" / "export" / export).iterdir()) for export in exports)
 
 
+QWEN3 = {
+    "model_type": "qwen3", "vocab_size": 151936, "hidden_size": 1024, "intermediate_size": 3072,
+    "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128,
+    "tie_word_embeddings": True,
+}  # fmt: skip
 REAL: dict[str, dict[str, Any]] = {
-    "qwen3-0.6b/q4_to_q2": {
-        "model_type": "qwen3", "vocab_size": 151936, "hidden_size": 1024, "intermediate_size": 3072,
-        "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128,
-        "tie_word_embeddings": True,
-    },
+    "qwen3-0.6b/q4_to_q2": QWEN3,
+    "qwen3-0.6b/apple_2bit": QWEN3,
     "qwen2.5-0.5b/q2a4": {
         "model_type": "qwen2", "vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864,
         "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2, "tie_word_embeddings": True,
