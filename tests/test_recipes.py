@@ -47,6 +47,7 @@ SETTINGS = {
         "stages.check.gate={}",
         *(item for item in SHORT if ".ane." in item),
     ],
+    "apple_2bit": ["model.source={model}", TEXT, "stages.check.gate={}", *SHORT],
     **dict.fromkeys(("q4", "q2"), STAGED),
     **dict.fromkeys(("qwen3-0.6b/q4", "qwen3-0.6b/q2"), STAGED_QWEN3),
     "pico": [
@@ -63,6 +64,14 @@ SETTINGS = {
         "stages.teacher.cache.top_k=32",
         "stages.check.gate={}",
         *(item.replace(".app.", ".anemll.") for item in SHORT),
+    ],
+    "qwen3-0.6b/apple_2bit": [
+        "model.source={model}",
+        TEXT,
+        "groups.linears.expect={linears}",
+        "stages.teacher.cache.top_k=32",
+        "stages.check.gate={}",
+        *SHORT,
     ],
 }
 """`--set`s that make a recipe fit a tiny model and the built-in text; `--smoke` does the rest."""

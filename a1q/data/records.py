@@ -56,6 +56,16 @@ def identify(config: Mapping[str, Any]) -> str:
     return _local_digest(path) if path else ""
 
 
+def conversational(config: Mapping[str, Any]) -> bool | None:
+    """Whether a data entry's documents are conversations, as far as the entry itself says; None where it doesn't."""
+    if config["source"] in builtin.NAMES:
+        return config["source"] == builtin.QUESTIONS
+    kind = config.get("format") or "auto"
+    if kind == "auto":
+        return False if config.get("column") else None
+    return kind == "qa"
+
+
 def prepare(config: Mapping[str, Any]) -> str:
     """Make the source ready to read, here and offline from now on, and return its content digest.
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from a1q.data.chat import Chat, UnclearError
 from a1q.data.records import Record, records
 from a1q.data.split import SPLITS, side_of
 from a1q.errors import MismatchError, Problem, StageError
@@ -32,6 +33,13 @@ class Sequences:
     """bool [n, seq_len], True where a document begins. A sequence's first token may be in the middle of one."""
     templated: bool
     """Whether conversations among them went through the tokenizer's chat template."""
+    said: numpy.ndarray | None = None
+    """bool [n, seq_len], True for what an assistant said; None where nobody asked, or it can't be told of any
+    conversation."""
+    unclear: int = 0
+    """Conversations among them of which it can't be told; no token of theirs is marked."""
+    reason: str = ""
+    """Why, of the first of them."""
 
 
 def documents(config: Mapping[str, Any], split: str) -> Iterator[str]:
@@ -57,7 +65,13 @@ def token_sequences(
 
 
 def read_sequences(
-    config: Mapping[str, Any], tokenizer_folder: Path, split: str, seq_len: int, count: int | None, seed: int
+    config: Mapping[str, Any],
+    tokenizer_folder: Path,
+    split: str,
+    seq_len: int,
+    count: int | None,
+    seed: int,
+    marks: bool = False,
 ) -> Sequences:
     """Token sequences of one side: documents shuffled by `seed`, joined by the end-of-text token, cut in blocks.
 
@@ -66,6 +80,7 @@ def read_sequences(
         tokenizer_folder: a model's folder with tokenizer.json; conversations also need its chat template.
         count: how many sequences; None for all there are.
         seed: of the order; the sequences for a smaller count are the first of those for a larger one.
+        marks: find out which tokens an assistant said (`a1q.data.chat`).
 
     Raises:
         StageError: if the text is not long enough; the message says for how many sequences it is.
@@ -76,15 +91,20 @@ def read_sequences(
     tokenizer, end = load_tokenizer(tokenizer_folder)
     found = list(_side(config, split))
     random.Random(f"{seed}/{split}").shuffle(found)
-    text_of = _renderer(tokenizer_folder)
+    chats = _Chats(tokenizer_folder, tokenizer)
     wanted = None if count is None else count * seq_len
     parts: list[numpy.ndarray] = []
+    said: list[numpy.ndarray] = []
     size, templated = 0, False
     for start in range(0, len(found), BATCH):
         picked = found[start : start + BATCH]
         templated = templated or any(record.messages for record in picked)
-        for encoding in tokenizer.encode_batch_fast([text_of(record) for record in picked], add_special_tokens=False):
+        texts = [chats.text(record) for record in picked]
+        encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        for record, text, encoding in zip(picked, texts, encodings, strict=True):
             parts.append(numpy.array([*encoding.ids, end], dtype=numpy.int32))
+            if marks:
+                said.append(numpy.array([*chats.said(record, text, encoding.ids), False]))
             size += len(parts[-1])
         if wanted is not None and size >= wanted:
             break
@@ -98,7 +118,10 @@ def read_sequences(
     begins = numpy.zeros(size, dtype=bool)
     begins[numpy.cumsum([0, *map(len, parts[:-1])])] = True
     tokens, starts = (flat[: rows * seq_len].reshape(rows, seq_len) for flat in (numpy.concatenate(parts), begins))
-    return Sequences(tokens, starts, templated)
+    if not chats.clear:
+        return Sequences(tokens, starts, templated, None, chats.unclear, chats.reason)
+    known = numpy.concatenate(said)[: rows * seq_len].reshape(rows, seq_len)
+    return Sequences(tokens, starts, templated, known, chats.unclear, chats.reason)
 
 
 def load_tokenizer(folder: Path) -> tuple[Tokenizer, int]:
@@ -155,25 +178,31 @@ def _side(config: Mapping[str, Any], split: str) -> Iterator[Record]:
     return (record for record in records(config) if side_of(record.place, holdout) == split)
 
 
-def _renderer(folder: Path) -> Callable[[Record], str]:
+class _Chats:
     """How a record becomes the text to encode; transformers is imported when the first conversation comes."""
-    chat: list[Any] = []
 
-    def text_of(record: Record) -> str:
+    def __init__(self, folder: Path, tokenizer: Tokenizer):
+        self._folder, self._tokenizer = folder, tokenizer
+        self._chat: Chat | None = None
+        self.clear = self.unclear = 0
+        """Conversations of which it can be told what an assistant said, and others."""
+        self.reason = ""
+
+    def text(self, record: Record) -> str:
         if not record.messages:
             return record.text
-        if not chat:
-            chat.append(_chat_tokenizer(folder))
-        return chat[0].apply_chat_template([dict(item) for item in record.messages], tokenize=False)
+        if self._chat is None:
+            self._chat = Chat(self._folder, self._tokenizer)
+        return self._chat.text(record.messages)
 
-    return text_of
-
-
-def _chat_tokenizer(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    if tokenizer.chat_template is None:
-        hint = "use `format: text`, or a model that was trained to chat"
-        raise MismatchError([Problem(f"the tokenizer in {folder} has no chat template", hint=hint)])
-    return tokenizer
+    def said(self, record: Record, text: str, ids: Sequence[int]) -> list[bool]:
+        if record.messages and self._chat is not None:
+            try:
+                found = self._chat.said(record.messages, text, ids)
+            except UnclearError as error:
+                self.unclear += 1
+                self.reason = self.reason or str(error)
+            else:
+                self.clear += 1
+                return found
+        return [False] * len(ids)

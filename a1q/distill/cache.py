@@ -7,6 +7,7 @@ tokens a shard holds, with K the number of top logits and R that of random negat
 |-------------------|------------|-----------------------------------------------------------------------------|
 | `tokens`          | [n, L]     | uint16, or int32 for a vocabulary of more than 65536                        |
 | `starts`          | [n, L / 8] | uint8, a bit per token: set where a document begins; the first stands lowest |
+| `said`            | [n, L / 8] | uint8, a bit per token likewise: set where an assistant said it; of chats alone |
 | `ids`             | [n, L, K]  | uint16, the lower 16 bits of the teacher's top-k ids, best first            |
 | `ids_upper`       | [n, L, U]  | uint8, their bits above, if any, see `a1q.distill.packed_ids`               |
 | `logits`          | [n, L, K]  | fp16, less the position's logsumexp: a log-probability, so precise near 0   |
@@ -72,6 +73,8 @@ class TeacherBatch:
     target_share: float | None = None
     """Targets per position of what the mean over next tokens is taken over, where that is more than this batch
     (`TeacherCache.target_share`); None for this batch."""
+    said: Tensor | None = None
+    """bool [B, L], tokens that an assistant said; None where the cache doesn't know."""
 
     @property
     def targets(self) -> float | None:
@@ -85,6 +88,14 @@ class TeacherBatch:
 
         last = torch.ones_like(self.starts[:, :1])
         return ~torch.cat([self.starts[:, 1:], last], dim=1)
+
+    @property
+    def says(self) -> Tensor:
+        """bool [B, L], whether an assistant said the token behind a position; false for the last."""
+        import torch
+
+        assert self.said is not None
+        return torch.cat([self.said[:, 1:], torch.zeros_like(self.said[:, :1])], dim=1)
 
     @property
     def top1(self) -> Tensor:
@@ -104,16 +115,19 @@ def token_bytes(vocabulary: int) -> int:
 
 
 def position_bytes(vocabulary: int, top_k: int, random_negatives: int, temperatures: int = 0) -> int:
-    """Bytes that one position (one token) takes in a shard, but for the bit of `starts`; with partitions at so many
-    temperatures."""
+    """Bytes that one position (one token) takes in a shard, but for the bits of `starts` and `said`; with partitions at
+    so many temperatures."""
     top = top_k * (2 + 2) + upper_bytes(vocabulary, top_k)
     negatives = random_negatives * (offset_bytes(vocabulary - top_k, random_negatives) + 2)
     return token_bytes(vocabulary) + top + negatives + 4 * (1 + temperatures)
 
 
-def sequence_bytes(vocabulary: int, length: int, top_k: int, random_negatives: int, temperatures: int = 0) -> int:
+def sequence_bytes(
+    vocabulary: int, length: int, top_k: int, random_negatives: int, temperatures: int = 0, chats: bool = False
+) -> int:
     """Bytes that one sequence takes in a shard: multiply by the sequences for the size of a cache."""
-    return length * position_bytes(vocabulary, top_k, random_negatives, temperatures) + -(-length // 8)
+    bits = -(-length // 8) * (2 if chats else 1)
+    return length * position_bytes(vocabulary, top_k, random_negatives, temperatures) + bits
 
 
 def note_of(shard: Path) -> Path:
@@ -144,6 +158,8 @@ class TeacherCache:
         self.seq_len: int = self.meta["seq_len"]
         self.vocabulary: int = self.meta["vocabulary"]
         self.temperatures: Sequence[float] = tuple(self.meta.get("temperatures", ()))
+        self.knows_who: bool = self.meta.get("said") is not None
+        """Whether it says which tokens an assistant said."""
         self._per_shard = max(self.meta["shard_sequences"], 1)
         self._shards: dict[str, dict[int, dict[str, np.ndarray]]] = {part: {} for part in PARTS}
         self._finished = dict.fromkeys(PARTS, 0)
@@ -192,7 +208,8 @@ class TeacherCache:
         lse = tensor(stacked("lse"), np.float32)
         negatives = tensor(stacked("negatives"), np.int64)
         negative_logits = tensor(stacked("negative_logits"), np.float32) if negatives.shape[-1] else None
-        starts = np.unpackbits(stacked("starts"), axis=-1, count=self.seq_len, bitorder="little")
+        starts = self._unpacked(stacked("starts"))
+        said = tensor(self._unpacked(stacked("said")), np.bool_) if self.knows_who else None
         partitions = tensor(stacked("partitions"), np.float32).unbind(-1) if self.temperatures else ()
         return TeacherBatch(
             tokens=tensor(stacked("tokens"), np.int64),
@@ -204,17 +221,28 @@ class TeacherCache:
             vocabulary=self.vocabulary,
             starts=tensor(starts, np.bool_),
             partitions=dict(zip(self.temperatures, partitions, strict=True)),
+            said=said,
         )
 
-    def target_share(self, rows: Sequence[int], part: str = "train") -> float:
-        """How many of the given sequences' positions have a next token in the same document, as a share of all.
+    def target_share(self, rows: Sequence[int], part: str = "train", said: bool = False) -> float:
+        """How many of the given sequences' positions have a next token in the same document, as a share of all; with
+        `said` one that an assistant said.
 
         Micro-batches and processes that are weighed by their positions give with it the mean over all targets.
         """
         places = [divmod(row, self._per_shard) for row in rows]
-        bits = np.stack([self._shard(part, number)["starts"][offset] for number, offset in places])
-        starts = np.unpackbits(bits, axis=-1, count=self.seq_len, bitorder="little")
+
+        def bits(name: str) -> np.ndarray:
+            return self._unpacked(np.stack([self._shard(part, number)[name][offset] for number, offset in places]))
+
+        starts = bits("starts")
+        if said:
+            return int(((starts == 0) & (bits("said") == 1))[:, 1:].sum()) / starts.size
         return 1 - (starts[:, 1:].sum() + len(rows)) / starts.size
+
+    def _unpacked(self, bits: np.ndarray) -> np.ndarray:
+        """uint8 [n, L], 0 or 1, of [n, L / 8]."""
+        return np.unpackbits(bits, axis=-1, count=self.seq_len, bitorder="little")
 
     def _names(self, part: str) -> Sequence[str]:
         return self.meta["parts"][part]["shards"]

@@ -47,8 +47,12 @@ def cross_entropy(partition: Tensor, label: Tensor, counts: Tensor | None = None
         counts: bool [...], which positions are meant; None for all. Where there are none the mean is 0.
         over: how many positions to divide by; None: by those that are meant.
     """
-    losses = partition - label
+    return mean_over(partition - label, counts, over)
+
+
+def mean_over(values: Tensor, counts: Tensor | None = None, over: float | None = None) -> Tensor:
+    """Mean of `values` [...] over positions, chosen and counted as in `cross_entropy`."""
     if counts is None:
-        return losses.mean() if over is None else losses.sum() / over
-    total = losses.where(counts, 0).sum()
+        return values.mean() if over is None else values.sum() / over
+    total = values.where(counts, 0).sum()
     return total / counts.sum().clamp_min(1) if over is None else total / max(over, 1e-12)

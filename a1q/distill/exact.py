@@ -27,8 +27,8 @@ def exact_loss(logits: Tensor, teacher: Tensor, batch: TeacherBatch, **terms: An
     Args:
         logits: the student's, [B, L, V].
         teacher: the teacher's, [B, L, V]; they get no gradient.
-        batch: its tokens alone count, and where documents begin.
-        terms: the fields of `Terms`; `tail` says nothing here.
+        batch: its tokens alone count, where documents begin, and what an assistant said.
+        terms: the fields of `Terms`, with a weight of the KL; `tail` says nothing here.
 
     Raises:
         ValueError: if the vocabularies differ.
@@ -60,5 +60,4 @@ def exact_loss_of(
         gap: [B, L], see the top of this file.
         batch: says which next tokens count.
     """
-    kl = terms.temperature**2 * (gap + partitions[0]).mean()
-    return total_of(kl, partitions[-1], picked[..., 0], picked[..., 1], terms, batch.continues, batch.targets)
+    return total_of(gap + partitions[0], partitions[-1], picked[..., 0], picked[..., 1], terms, batch)

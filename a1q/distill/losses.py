@@ -14,6 +14,9 @@ The teacher's partition at T = 1 is exact (the cached logsumexp), and so it is a
 told (`TeacherBatch.partitions`). At others its part over the rest is estimated by the ratio estimator
 Z_s(rest) sum_N exp(t/T) / sum_N exp(s/T), the student's part Z_s(rest) being known exactly. The ratio's sampling error,
 too, dies out as the student approaches the teacher. It is detached: the gradient is that of the KL to a fixed teacher.
+
+What is meant by `targets`: with `all` the KL and the teacher's top-1 count at every position, the next token where the
+document goes on. With `assistant` every term counts where the next token is one that an assistant said, and only there.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from a1q.distill.divergence import cross_entropy, kl, partial_kl
+from a1q.distill.divergence import cross_entropy, kl, mean_over, partial_kl
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,6 +34,8 @@ if TYPE_CHECKING:
     from a1q.distill.cache import TeacherBatch
 
 TAILS = ("bucket", "negatives", "candidates")
+ASSISTANT = "assistant"
+"""The value of `targets` that leaves out what no assistant said."""
 
 
 def tail_problem(tail: str, temperature: float, random_negatives: int, rest: int, known: Collection[float] = ()) -> str:
@@ -50,7 +55,7 @@ def tail_problem(tail: str, temperature: float, random_negatives: int, rest: int
 
 @dataclass(frozen=True)
 class Terms:
-    """What the loss is made of: T² KL + hard_top1 · CE(teacher's top-1) + hard_full · CE(next token)."""
+    """What the loss is made of: kl · T² KL + hard_top1 · CE(teacher's top-1) + hard_full · CE(next token)."""
 
     temperature: float = 1.0
     """T > 0, of the KL only."""
@@ -60,17 +65,26 @@ class Terms:
     """Weight of the cross-entropy with the text's next token, over the positions that have one in their document."""
     tail: str = "negatives"
     """What becomes of the vocabulary outside the cached top-k; see the top of this file."""
+    kl: float = 1.0
+    """Weight of the KL; at 0 it is not computed."""
+    targets: str = "all"
+    """`all` or `assistant`: which predictions count; see the top of this file."""
 
     def check(self, batch: TeacherBatch, vocabulary: int) -> None:
         """Refuse what the teacher's word can't serve.
 
         Raises:
-            ValueError: if the vocabularies differ, `tail` is unknown, or the cache can't serve it (`tail_problem`).
+            ValueError: if the vocabularies differ, `tail` is unknown, or the cache can't serve it (`tail_problem`), or
+                doesn't know what an assistant said.
         """
         if self.tail not in TAILS:
             raise ValueError(f"tail is one of {', '.join(TAILS)}, not {self.tail!r}")
         if vocabulary != batch.vocabulary:
             raise ValueError(f"the student's vocabulary is {vocabulary}, the teacher's {batch.vocabulary}")
+        if self.targets == ASSISTANT and batch.said is None:
+            raise ValueError("the cache doesn't know which tokens an assistant said")
+        if not self.kl:
+            return
         rest = batch.vocabulary - batch.ids.shape[-1]
         problem = tail_problem(self.tail, self.temperature, batch.negatives.shape[-1], rest, batch.partitions)
         if problem:
@@ -79,6 +93,8 @@ class Terms:
     @property
     def temperatures(self) -> tuple[float, ...]:
         """Those whose partitions are asked for: T, then 1 where hard labels count too."""
+        if not self.kl:
+            return (1.0,)
         return (self.temperature,) if not self.hard or self.temperature == 1.0 else (self.temperature, 1.0)
 
     @property
@@ -96,15 +112,15 @@ def kd_loss(logits: Tensor, batch: TeacherBatch, **terms: Any) -> tuple[Tensor, 
         terms: the fields of `Terms`.
 
     Returns:
-        The scalar loss and its detached terms: `kl` (with its T²), and `hard_top1` and `hard_full` (without their
-        weights) where their weight isn't 0.
+        The scalar loss and its detached terms, without their weights, where those aren't 0: `kl` (with its T²),
+        `hard_top1` and `hard_full`.
 
     Raises:
         ValueError: as `Terms.check`.
     """
     wanted = Terms(**terms)
     wanted.check(batch, logits.shape[-1])
-    return loss_of(*answers(logits, asked_of(batch), wanted.temperatures), batch, wanted)
+    return loss_of(*answers(logits, asked_of(batch, wanted), wanted.temperatures), batch, wanted)
 
 
 def answers(logits: Tensor, index: Tensor, temperatures: Sequence[float]) -> tuple[tuple[Tensor, ...], Tensor]:
@@ -123,10 +139,13 @@ def answers(logits: Tensor, index: Tensor, temperatures: Sequence[float]) -> tup
     return (partition, *(torch.logsumexp(logits / t, dim=-1) for t in temperatures[1:])), picked
 
 
-def asked_of(batch: TeacherBatch) -> Tensor:
-    """The ids [B, L, K + R + 1] whose logits the loss asks for: the top-k, the negatives, the next token."""
+def asked_of(batch: TeacherBatch, terms: Terms) -> Tensor:
+    """The ids whose logits the loss asks for: the top-k, the negatives, the next token, [B, L, K + R + 1]; where the KL
+    has no weight the top-1 and the next token, [B, L, 2]."""
     import torch
 
+    if not terms.kl:
+        return torch.cat([batch.top1.unsqueeze(-1), following(batch.tokens)], dim=-1)
     return torch.cat([batch.ids, batch.negatives, following(batch.tokens)], dim=-1)
 
 
@@ -145,40 +164,49 @@ def loss_of(
 
     Args:
         partitions: logsumexp(logits / T) [B, L] for each of `terms.temperatures`.
-        picked: logits [B, L, I] at `asked_of(batch)`.
+        picked: logits [B, L, I] at `asked_of(batch, terms)`.
     """
+    if not terms.kl:
+        return total_of(None, partitions[-1], picked[..., 0], picked[..., 1], terms, batch)
     kept, sampled = batch.ids.shape[-1], batch.negatives.shape[-1]
     temperature, partition = terms.temperature, partitions[0].unsqueeze(-1)
     top, negatives, target = picked.split([kept, sampled, 1], dim=-1)
     student_top, student_negatives = top / temperature - partition, negatives / temperature - partition
-    kl = temperature**2 * _divergences(batch, terms, student_top, student_negatives).mean()
-    return total_of(kl, partitions[-1], top[..., 0], target[..., 0], terms, batch.continues, batch.targets)
+    divergences = _divergences(batch, terms, student_top, student_negatives)
+    return total_of(divergences, partitions[-1], top[..., 0], target[..., 0], terms, batch)
 
 
 def total_of(
-    kl: Tensor,
-    partition: Tensor,
-    top1: Tensor,
-    target: Tensor,
-    terms: Terms,
-    counts: Tensor | None = None,
-    targets: float | None = None,
+    divergences: Tensor | None, partition: Tensor, top1: Tensor, target: Tensor, terms: Terms, batch: TeacherBatch
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss and its detached terms, of the divergence with its T² and of what hard labels need to know.
+    """The loss and its detached terms, of the divergences and of what hard labels need to know.
 
     Args:
+        divergences: KL at T [B, L], without T²; None where it has no weight.
         partition: the student's logsumexp(logits) [B, L]; looked at where hard labels count.
         top1: its logit [B, L] of the teacher's most probable token.
         target: its logit [B, L] of the next token; the last position's does not count.
-        counts, targets: the positions whose next token counts, and what to divide by (`next_token_loss`).
+        batch: says which positions count, and what to divide by.
     """
-    loss, found = kl, {"kl": kl}
+    import torch
+
+    counts, over = batch.continues, batch.targets
+    everywhere: tuple[Tensor | None, float | None] = (None, None)
+    if terms.targets == ASSISTANT:
+        counts = counts & batch.says
+        everywhere = counts, over
+    weighed: list[Tensor] = []
+    found: dict[str, Tensor] = {}
+    if divergences is not None:
+        found["kl"] = terms.temperature**2 * mean_over(divergences, *everywhere)
+        weighed.append(found["kl"] if terms.kl == 1.0 else terms.kl * found["kl"])
     if terms.hard_top1:
-        found["hard_top1"] = cross_entropy(partition, top1)
-        loss = loss + terms.hard_top1 * found["hard_top1"]
+        found["hard_top1"] = cross_entropy(partition, top1, *everywhere)
+        weighed.append(terms.hard_top1 * found["hard_top1"])
     if terms.hard_full:
-        found["hard_full"] = next_token_loss(partition, target, counts, targets)
-        loss = loss + terms.hard_full * found["hard_full"]
+        found["hard_full"] = next_token_loss(partition, target, counts, over)
+        weighed.append(terms.hard_full * found["hard_full"])
+    loss = sum(weighed[1:], weighed[0]) if weighed else torch.zeros_like(partition[0, 0])
     return loss, {name: term.detach() for name, term in found.items()}
 
 

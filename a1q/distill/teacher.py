@@ -59,6 +59,7 @@ def write_shards(
     process: int = 0,
     processes: int = 1,
     temperatures: Sequence[float] = (),
+    said: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, list[str]]:
     """Write every shard that `folder` doesn't hold undamaged yet, or this process's share of them.
 
@@ -69,6 +70,7 @@ def write_shards(
         model: a causal language model; `model(input_ids=...).logits` is [B, L, V].
         parts: part name (`train`, `tune`) -> tokens, integers [n, L].
         starts: part name -> bool [n, L], where documents begin; None: every sequence is a document of its own.
+        said: part name -> bool [n, L], what an assistant said; None: the shards don't say.
         folder: where shards of an earlier attempt with the same arguments may lie.
         batch: sequences per forward pass; a batch never crosses a shard.
         autocast: makes the context of one forward pass.
@@ -108,9 +110,15 @@ def write_shards(
             progress(done, total)
         arrays = {key: np.concatenate([item[key] for item in answers]) for key in answers[0]}
         begins = starts[part][rows[part, number]] if starts is not None else np.arange(tokens.shape[1]) == 0
-        begins = np.packbits(np.broadcast_to(begins, tokens.shape), axis=-1, bitorder="little")
-        _save_shard(folder / name, {**arrays, "starts": begins})
+        arrays["starts"] = _packed(np.broadcast_to(begins, tokens.shape))
+        if said is not None:
+            arrays["said"] = _packed(said[part][rows[part, number]])
+        _save_shard(folder / name, arrays)
     return names
+
+
+def _packed(bits: np.ndarray) -> np.ndarray:
+    return np.packbits(bits, axis=-1, bitorder="little")
 
 
 def ask_teacher(
@@ -122,7 +130,8 @@ def ask_teacher(
     autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
     temperatures: Sequence[float] = (),
 ) -> dict[str, np.ndarray]:
-    """One forward pass over tokens [B, L], as the arrays of a shard (see `a1q.distill.cache`), less `starts`.
+    """One forward pass over tokens [B, L], as the arrays of a shard (see `a1q.distill.cache`), less `starts` and
+    `said`.
 
     Raises:
         StageError: if a logit isn't finite.

@@ -8,10 +8,15 @@ import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from a1q.data import conversational
 from a1q.distill.cache import DESCRIPTION, FORMAT, sequence_bytes, write_description
 from a1q.engine.stage import Outcome, PlanContext, Stage, StageContext
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import numpy as np
+
     from a1q.data import Sequences
 
 
@@ -40,7 +45,7 @@ class KdConfig:
 class KdStage(Stage):
     """Write a teacher cache; `a1q.distill.cache` says what is in it."""
 
-    version = 2
+    version = 3
     parallel = True
     Config = KdConfig
 
@@ -65,10 +70,11 @@ class KdStage(Stage):
             message = f"random_negatives is {cache.random_negatives}, and {left} tokens are left beside the top_k"
             ctx.mismatch("cache.random_negatives", message, f"at most {left}")
             return Outcome()
-        length = ctx.data[ctx.config.data].config["seq_len"]
+        entry = ctx.data[ctx.config.data].config
+        length, chats = entry["seq_len"], conversational(entry)
         sequences = cache.sequences + cache.tune_sequences
         size = sequences * sequence_bytes(
-            vocabulary, length, cache.top_k, cache.random_negatives, len(cache.temperatures)
+            vocabulary, length, cache.top_k, cache.random_negatives, len(cache.temperatures), bool(chats)
         )
         return Outcome(
             view={
@@ -79,6 +85,7 @@ class KdStage(Stage):
                 "sequences": cache.sequences,
                 "tune_sequences": cache.tune_sequences,
                 "temperatures": list(cache.temperatures),
+                "chats": chats,
                 "parameters": teacher.parameters,
                 "config": teacher.config,
             },
@@ -113,14 +120,19 @@ class KdStage(Stage):
         if larger is not None:
             require_same_tokens(student.path, larger.path, f"stages.{ctx.id}.model")
         length = entry.config["seq_len"]
-        text = read_sequences(entry.config, student.path, "train", length, cache.sequences, ctx.seed)
-        found = {"train": shuffled(text, ctx.seed)}
+
+        def read(part: str, count: int) -> Sequences:
+            return read_sequences(entry.config, student.path, part, length, count, ctx.seed, marks=True)
+
+        found = {"train": shuffled(read("train", cache.sequences), ctx.seed)}
         if cache.tune_sequences:
-            found["tune"] = read_sequences(entry.config, student.path, "tune", length, cache.tune_sequences, ctx.seed)
+            found["tune"] = read("tune", cache.tune_sequences)
         else:
             found["tune"] = Sequences(np.zeros((0, length), np.int32), np.zeros((0, length), bool), False)
         parts = {part: item.tokens for part, item in found.items()}
         templated = any(item.templated for item in found.values())
+        said = known_said(found)
+        _tell_unclear(ctx, found)
         model = load_model(teacher.path, device=device)
         if world.leads:
             ctx.meta.update(teacher=note_teacher(teacher, ctx.out))
@@ -139,6 +151,8 @@ class KdStage(Stage):
             tokenizer=tokenizer_digest(teacher.path),
             chat_template=chat_template_digest(student.path) if templated else None,
             data={"name": entry.name, "digest": entry.digest},
+            said=None if said is None else {part: int(bits.sum()) for part, bits in said.items()},
+            said_problem="" if said is not None else found["train"].reason,
         )
         if world.leads:
             write_description(ctx.scratch, ctx.meta)
@@ -146,6 +160,7 @@ class KdStage(Stage):
             model,
             parts,
             starts={part: item.starts for part, item in found.items()},
+            said=said,
             folder=ctx.scratch,
             top_k=cache.top_k,
             random_negatives=cache.random_negatives,
@@ -178,4 +193,22 @@ def shuffled(text: Sequences, seed: int) -> Sequences:
     import numpy as np
 
     order = np.random.default_rng(seed).permutation(len(text.tokens))
-    return dataclasses.replace(text, tokens=text.tokens[order], starts=text.starts[order])
+    said = None if text.said is None else text.said[order]
+    return dataclasses.replace(text, tokens=text.tokens[order], starts=text.starts[order], said=said)
+
+
+def known_said(found: Mapping[str, Sequences]) -> dict[str, np.ndarray] | None:
+    """Part -> bool [n, L], what an assistant said; None where the training part doesn't know."""
+    import numpy as np
+
+    if found["train"].said is None:
+        return None
+    return {part: np.zeros_like(item.starts) if item.said is None else item.said for part, item in found.items()}
+
+
+def _tell_unclear(ctx: StageContext, found: Mapping[str, Sequences]) -> None:
+    text = found["train"]
+    if text.unclear and ctx.world.leads:
+        which = f"{text.unclear} conversations" if text.said is not None else "any conversation"
+        left_out = "can't be told, and `targets: assistant` leaves them out"
+        ctx.log(f"WARNING: what an assistant said in {which} {left_out}: {text.reason}")

@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from a1q.distill.losses import ASSISTANT
 from a1q.engine.matching import summarize
 from a1q.engine.stage import Outcome, PlanContext, Stage, StageContext
 from a1q.errors import StageError
 from a1q.quant.bits import disk_bytes
 from a1q.quant.planning import check_statistics
-from a1q.training.distillation import BatchConfig, Distillation, Objective
+from a1q.training.distillation import BatchConfig, Distillation, Objective, require_said
 from a1q.training.planning import (
     activation_bytes,
     check_batch,
@@ -52,6 +53,7 @@ class LoraRecoverConfig:
     final_lr: float
     clip: float | None
     weight_decay: float
+    keep: str
     evaluate_every: int
     evaluate_sequences: int
     straight_through_fp16: bool
@@ -135,6 +137,8 @@ class LoraRecoverStage(Stage):
         note_rounding(ctx, config.straight_through_fp16)
         cache = TeacherCache(teacher.path)
         require_cache_of(source.path, cache.meta, f"stages.{ctx.id}.objective.kd")
+        if config.objective.targets == ASSISTANT:
+            require_said(cache, f"stages.{ctx.id}.objective.targets")
         model = load_model(source.path, device=device)
         modules = dict(quantized_modules(model))
         selected = select_modules(modules, ctx.groups, config.groups)
@@ -203,7 +207,7 @@ def _train_adapters(
         module.set_adapter(*trained[name], alpha)
     ctx.metrics.update(
         kl_before=result.start_tune,
-        kl_adapter=result.best_tune,
+        kl_adapter=result.last_tune if config.keep == "last" else result.best_tune,
         adapter_step=result.kept_step,
         tokens_per_second=result.tokens_per_second,
     )
@@ -268,9 +272,10 @@ def _refit(
             identity=identity,
             together=objective.over(ctx.world, ctx.smoke),
         )
-        assert result.best_tune is not None
-        after = ctx.metrics["kl_refit"] = result.best_tune
-    helped = after < before
+        found = result.last_tune if config.keep == "last" else result.best_tune
+        assert found is not None
+        after = ctx.metrics["kl_refit"] = found
+    helped = after < before or config.keep == "last"
     ctx.metrics["kept"] = "refit" if helped else "before"
     if not helped:
         ctx.log(

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from a1q.distill.losses import ASSISTANT
 from a1q.engine.stage import Outcome, PlanContext, Stage, StageContext
 from a1q.errors import MismatchError
 from a1q.quant.bits import disk_bytes
-from a1q.training.distillation import BatchConfig, Distillation, Objective
+from a1q.training.distillation import BatchConfig, Distillation, Objective, require_said
 from a1q.training.parameters import NORMS
 from a1q.training.planning import (
     activation_bytes,
@@ -134,6 +135,8 @@ class TrainStage(Stage):
         note_rounding(ctx, config.straight_through_fp16)
         cache = TeacherCache(teacher.path)
         require_cache_of(source.path, cache.meta, f"stages.{ctx.id}.objective.kd")
+        if config.objective.targets == ASSISTANT:
+            require_said(cache, f"stages.{ctx.id}.objective.targets")
         model = load_model(source.path, device=device)
         modules = dict(quantized_modules(model))
         chosen = select_modules(modules, ctx.groups, config.groups)

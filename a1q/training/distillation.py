@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from a1q.distill.cache import TeacherCache
-from a1q.distill.losses import Terms, tail_problem
+from a1q.distill.losses import ASSISTANT, Terms, tail_problem
 from a1q.engine.stage import Runtime
 from a1q.engine.world import ALONE, World
 from a1q.errors import MismatchError, Problem, StageError
@@ -34,6 +34,13 @@ class Objective:
     tail: str
     online: bool
     local: float
+    kl: float
+    targets: str
+
+    @property
+    def terms(self) -> Terms:
+        """The training loss, but for `local`."""
+        return Terms(self.temperature, self.hard_top1, self.hard_full, self.tail, self.kl, self.targets)
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,25 @@ def stream_problem(student: Mapping[str, Any], teacher: Mapping[str, Any]) -> st
     if (ROTATES in student.get(PREPARED, ())) != (ROTATES in teacher.get(PREPARED, ())):
         return f"`{ROTATES}` has put those of one of the two in another basis"
     return ""
+
+
+def require_said(cache: TeacherCache, path: str = "") -> None:
+    """Refuse a cache that doesn't say which tokens an assistant said.
+
+    Args:
+        path: of the recipe's option that asks for them.
+
+    Raises:
+        MismatchError: it says why the cache has none.
+    """
+    known = cache.meta.get("said") or {}
+    if known.get("train"):
+        return
+    reason = cache.meta.get("said_problem") or "its text is not of conversations"
+    if cache.knows_who:
+        reason = "no assistant speaks in its training part"
+    message = f"`targets: {ASSISTANT}` needs a teacher cache that knows what an assistant said, and {reason}"
+    raise MismatchError([Problem(message, path=path, hint="chats as data (`format: qa`), or `targets: all`")])
 
 
 class Distillation:
@@ -87,7 +113,7 @@ class Distillation:
             problem = stream_problem(model.config.to_dict(), teacher.config.to_dict())
             if problem:
                 raise MismatchError(f"`local` compares hidden states layer by layer, and {problem}")
-        elif not objective.online:
+        elif objective.kl and not objective.online:
             rest = cache.vocabulary - cache.meta["top_k"]
             negatives = cache.meta["random_negatives"]
             problem = tail_problem(objective.tail, objective.temperature, negatives, rest, cache.temperatures)
@@ -95,6 +121,8 @@ class Distillation:
                 raise StageError(problem)
         if not cache.size("train"):
             raise StageError(f"the teacher cache {cache.folder} has no training sequences")
+        if objective.targets == ASSISTANT:
+            require_said(cache)
         from a1q.training.step_loss import DistillationLoss
 
         self.model, self.cache, self.batch, self.seed = model, cache, batch, seed
@@ -103,7 +131,7 @@ class Distillation:
         self.loss = DistillationLoss(
             model,
             teacher,
-            Terms(objective.temperature, objective.hard_top1, objective.hard_full, objective.tail),
+            objective.terms,
             held_out=Terms(tail="negatives" if cache.meta["random_negatives"] else "bucket"),
             local=objective.local,
             tiled=tiled(batch.sequences * cache.seq_len, cache.vocabulary),
@@ -118,8 +146,11 @@ class Distillation:
         start = step * self.batch.accumulate * count
         rows = batch_rows(self.seed, start + micro * count, count, size)
         share = None
-        if self.loss.terms.hard_full:
-            share = self.cache.target_share(batch_rows(self.seed, start, self.batch.accumulate * count, size))
+        said = self.loss.terms.targets == ASSISTANT
+        if said or self.loss.terms.hard_full:
+            share = self.cache.target_share(
+                batch_rows(self.seed, start, self.batch.accumulate * count, size), "train", said
+            )
         return self._loss(share_of(rows, self.world), "train", share)
 
     def over(

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from a1q.distill.losses import tail_problem
+from a1q.distill.losses import ASSISTANT, tail_problem
 from a1q.engine.matching import resolve_rules, summarize
 from a1q.engine.stage import PlanContext
 from a1q.models.view import DENSE, QUANTIZED, SNAPPED, ModelView, ModuleView
@@ -44,6 +44,12 @@ def quantized_targets(ctx: PlanContext, view: ModelView, groups: Sequence[str] |
 
 def check_teacher(ctx: PlanContext, objective: Objective, view: ModelView) -> None:
     """Record why the objective contradicts itself, or the planned teacher cache can't serve it and this student."""
+    if not (objective.kl or objective.hard_top1 or objective.hard_full or objective.local):
+        message = "every weight is 0, and there is nothing to minimize"
+        ctx.recipe_problem("objective.kl", message, "put `hard_full: 1` beside it for the text's own next tokens")
+    if objective.online and not objective.kl and not objective.local:
+        message = "`kl` and `local` have no weight, and nothing else asks a teacher that runs along"
+        ctx.recipe_problem("objective.online", message, "leave `online` out: the cache has the rest")
     if objective.online and objective.tail != "negatives":
         message = f"`tail: {objective.tail}` is about a cached teacher; online, the whole vocabulary counts"
         ctx.recipe_problem("objective.tail", message, "leave `tail` out")
@@ -53,7 +59,10 @@ def check_teacher(ctx: PlanContext, objective: Objective, view: ModelView) -> No
     teacher = ctx.views.get("teacher")
     if not teacher:
         return
-    if not objective.online:
+    if objective.targets == ASSISTANT and teacher.get("chats") is False:
+        message = f"`targets: {ASSISTANT}` is about conversations, and the data of `{objective.kd}` are plain text"
+        ctx.recipe_problem("objective.targets", message, "data of `format: qa`, or `targets: all`")
+    if objective.kl and not objective.online:
         rest = teacher.get("vocabulary", 0) - teacher.get("top_k", 0)
         known, negatives = teacher.get("temperatures", ()), teacher.get("random_negatives", 1)
         problem = tail_problem(objective.tail, objective.temperature, negatives, rest, known)
@@ -62,7 +71,7 @@ def check_teacher(ctx: PlanContext, objective: Objective, view: ModelView) -> No
             if objective.tail == "bucket":
                 remedy = f"`temperatures: [{objective.temperature:g}]`"
             ctx.recipe_problem("objective.tail", problem, f"put {remedy} into the `cache` of `kd`")
-    elif objective.local and teacher.get("config"):
+    if objective.online and objective.local and teacher.get("config"):
         problem = stream_problem(view.config, teacher["config"])
         if problem:
             ctx.mismatch("objective.local", f"hidden states are compared layer by layer, and {problem}")
@@ -119,7 +128,7 @@ def online_bytes(view: ModelView, objective: Objective, batch: BatchConfig, teac
     hidden, vocabulary = config.get("hidden_size", 0), view.config.get("vocab_size", 0)
     inside = 8 * hidden + 3 * config.get("intermediate_size", 0)
     # logits, probabilities and what is summed of both; or states alone
-    head = hidden if tiled(tokens, vocabulary) else 4 * vocabulary
+    head = hidden if not objective.kl or tiled(tokens, vocabulary) else 4 * vocabulary
     streams = 2 * config.get("num_hidden_layers", 0) * hidden if objective.local else 0
     return 4 * (known.get("parameters", view.parameters) + tokens * (inside + head + streams))
 

@@ -22,8 +22,8 @@ class DistillationLoss(nn.Module):
 
     Args:
         student: a causal language model, held as a submodule.
-        teacher: another one that runs without gradients beside the student; held aside, so it is none of this module's
-            parts. None: the batch's cached answers are all there is of it.
+        teacher: another one that runs without gradients beside the student, as far as the loss asks it; held aside, so
+            it is none of this module's parts. None: the batch's cached answers are all there is of it.
         terms: the training loss.
         held_out: the loss of `forward(batch, held_out=True)`.
         local: weight of `a1q.distill.local.local_loss` in the training loss; takes a `teacher`.
@@ -49,18 +49,17 @@ class DistillationLoss(nn.Module):
     def forward(self, batch: TeacherBatch, held_out: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean per token, and the detached terms it is made of, without their weights."""
         terms = self.held_out if held_out else self.terms
+        local = 0.0 if held_out else self.local
         heads = self.heads()
-        if self._teachers:
-            return self._online(batch, terms, 0.0 if held_out else self.local, heads)
-        if heads is None:
-            with autocast(self.runtime):
-                logits = _run(self.student, batch.tokens, states=False)
-            return kd_loss(logits, batch, **vars(terms))
-        terms.check(batch, heads[0].vocabulary)
-        with autocast(self.runtime):
-            states = _run(self.student, batch.tokens, states=True)
-            said = heads[0].partitions_and_picked(states, asked_of(batch), terms.temperatures)
-        return loss_of(*said, batch, terms)
+        if self._teachers and terms.kl:
+            return self._online(batch, terms, local, heads)
+        if not local:
+            return self._cached(batch, terms, heads)
+        with autocast(self.runtime), torch.no_grad(), layer_outputs(self._teachers[0]) as theirs:
+            _run(self._teachers[0], batch.tokens, states=True)
+        with layer_outputs(self.student) as ours:
+            found = self._cached(batch, terms, heads)
+        return _with_local(*found, local, ours, theirs)
 
     def heads(self) -> list[Head] | None:
         """The student's and the teacher's head, where losses are taken from them tile by tile."""
@@ -69,6 +68,17 @@ class DistillationLoss(nn.Module):
         found = [finder() for finder in self._finders]
         known = [head for head in found if head is not None]
         return known if len(known) == len(found) else None
+
+    def _cached(self, batch: TeacherBatch, terms: Terms, heads: list[Head] | None) -> tuple[Tensor, dict[str, Tensor]]:
+        if heads is None:
+            with autocast(self.runtime):
+                logits = _run(self.student, batch.tokens, states=False)
+            return kd_loss(logits, batch, **vars(terms))
+        terms.check(batch, heads[0].vocabulary)
+        with autocast(self.runtime):
+            states = _run(self.student, batch.tokens, states=True)
+            said = heads[0].partitions_and_picked(states, asked_of(batch, terms), terms.temperatures)
+        return loss_of(*said, batch, terms)
 
     def _online(
         self, batch: TeacherBatch, terms: Terms, local: float, heads: list[Head] | None
@@ -86,10 +96,7 @@ class DistillationLoss(nn.Module):
             loss, figures = exact_loss_of(*found, terms, batch)
         else:
             loss, figures = exact_loss(said, taught, batch, **vars(terms))
-        if local:
-            error = local_loss(ours, theirs)
-            loss, figures = loss + local * error, {**figures, "local": error.detach()}
-        return loss, figures
+        return _with_local(loss, figures, local, ours, theirs) if local else (loss, figures)
 
 
 class NextTokenLoss(nn.Module):
@@ -115,6 +122,13 @@ class NextTokenLoss(nn.Module):
         if head is None:
             partitions, picked = answers(said, index, (1.0,))
         return next_token_loss(partitions[0], picked[..., 0], counts)
+
+
+def _with_local(
+    loss: Tensor, figures: dict[str, Tensor], weight: float, ours: list[Tensor], theirs: list[Tensor]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    error = local_loss(ours, theirs)
+    return loss + weight * error, {**figures, "local": error.detach()}
 
 
 def _run(model: Any, tokens: Tensor, states: bool) -> Tensor:

@@ -71,7 +71,7 @@ def measure(head: str, way: str, rounds: int) -> dict[str, Any]:
         began = time.perf_counter()
         if way == "tiles":
             terms = Terms()
-            answers = Head(module).partitions_and_picked(states, asked_of(batch), terms.temperatures)
+            answers = Head(module).partitions_and_picked(states, asked_of(batch, terms), terms.temperatures)
             loss = loss_of(*answers, batch, terms)[0]
         else:
             loss = kd_loss(module(states), batch)[0]

@@ -54,7 +54,7 @@ class Variant:
 
     def __init__(self, model: Any, groups: list[dict[str, Any]], state: dict[str, torch.Tensor], cache: TeacherCache):
         self.groups, self.state = groups, state
-        objective = Objective("teacher", 1.0, 0.1, 0.0, "negatives", False, 0.0)
+        objective = Objective("teacher", 1.0, 0.1, 0.0, "negatives", False, 0.0, 1.0, "all")
         self.objective = Distillation(model, cache, objective, BatchConfig(SEQUENCES, 1), Runtime(), 0, 1)
 
     def measure(self, ctx: StageContext) -> float:

@@ -104,7 +104,7 @@ def model_step(
     def step() -> None:
         with casting(device, kind):
             states = student.base_model(input_ids=batch.tokens, use_cache=False).last_hidden_state
-            answers = head.partitions_and_picked(states, asked_of(batch), terms.temperatures)
+            answers = head.partitions_and_picked(states, asked_of(batch, terms), terms.temperatures)
         loss_of(*answers, batch, terms)[0].backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -73,6 +73,7 @@ def write(folder, model, parts, *, top_k=5, random_negatives=7, shard_sequences=
         "random_negatives": random_negatives,
         "shard_sequences": shard_sequences,
         "temperatures": list(more.get("temperatures", ())),
+        "said": {part: int(bits.sum()) for part, bits in more["said"].items()} if "said" in more else None,
         "parts": {part: {"sequences": len(parts[part]), "shards": names[part]} for part in PARTS},
     }
     (folder / "teacher.json").write_text(json.dumps(description))

@@ -42,7 +42,8 @@ def test_what_is_read_is_what_the_teacher_said(tmp_path_factory, shape, data):
     }
     names = ("top_k", "random_negatives", "shard_sequences", "batch", "temperatures")
     starts = {part: random_tokens(*tokens.shape, 3, seed=7) == 0 for part, tokens in parts.items()}
-    write(folder, model, parts, starts=starts, **{name: shape[name] for name in names})
+    said = {part: random_tokens(*tokens.shape, 2, seed=8) == 0 for part, tokens in parts.items()}
+    write(folder, model, parts, starts=starts, said=said, **{name: shape[name] for name in names})
     cache = TeacherCache(folder)
     assert cache.seq_len == shape["length"]
     for part in parts:
@@ -58,6 +59,10 @@ def test_what_is_read_is_what_the_teacher_said(tmp_path_factory, shape, data):
         assert torch.equal(batch.starts, begins)
         assert torch.equal(batch.continues[:, :-1], ~begins[:, 1:]) and not batch.continues[:, -1].any()
         assert cache.target_share(rows, part) == pytest.approx(float(batch.continues.double().mean()), abs=1e-12)
+        assert torch.equal(batch.said, torch.from_numpy(said[part][rows]))
+        assert torch.equal(batch.says[:, :-1], batch.said[:, 1:]) and not batch.says[:, -1].any()
+        share = float((batch.says & batch.continues).double().mean())
+        assert cache.target_share(rows, part, said=True) == pytest.approx(share, abs=1e-12)
         assert torch.equal(batch.lse, logits.logsumexp(-1))
         assert tuple(batch.partitions) == shape["temperatures"]
         for temperature, partition in batch.partitions.items():

@@ -24,6 +24,7 @@ TERMS = [
     {"temperature": 2.0, "hard_top1": 0.3, "hard_full": 0.2},
     {"temperature": 0.7, "tail": "candidates"},
     {"tail": "bucket", "hard_full": 1.0},
+    {"kl": 0.0, "hard_top1": 0.5, "hard_full": 1.0},
 ]
 each_term = pytest.mark.parametrize("terms", TERMS, ids=lambda terms: "-".join(map(str, terms.values())) or "plain")
 
@@ -51,7 +52,7 @@ def setting(seed: int = 0, dtype: torch.dtype = torch.float64, bias: bool = Fals
 def by_tiles(hidden, head, batch, **terms):
     wanted = Terms(**terms)
     wanted.check(batch, head.vocabulary)
-    return loss_of(*head.partitions_and_picked(hidden, asked_of(batch), wanted.temperatures), batch, wanted)
+    return loss_of(*head.partitions_and_picked(hidden, asked_of(batch, wanted), wanted.temperatures), batch, wanted)
 
 
 @each_term

@@ -232,3 +232,47 @@ def test_what_the_cache_cannot_serve_is_refused():
         kd_loss(student, bare, tail="whole")
     with pytest.raises(ValueError, match="vocabulary is 59, the teacher's 60"):
         kd_loss(student[..., :-1], bare, tail="bucket")
+
+
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_only_what_an_assistant_said_counts(tail, temperature):
+    """Every term is the mean over the positions before such a token, in value and gradient."""
+    teacher, student = pair()
+    random = torch.Generator().manual_seed(5)
+    said, starts = (torch.rand(B, L, generator=random) < share for share in (0.6, 0.2))
+    batch = dataclasses.replace(make_batch(teacher, V, 0, starts=starts), said=said)
+    loss, terms = kd_loss(
+        student, batch, temperature=temperature, hard_top1=0.3, hard_full=0.2, kl=0.7, tail=tail, targets="assistant"
+    )
+    places = [(b, t) for b in range(B) for t in range(L - 1) if said[b, t + 1] and not starts[b, t + 1]]
+    assert 2 < len(places) < B * L / 2
+    exact = {"kl": [], "hard_top1": [], "hard_full": []}
+    for b, t in places:
+        q = student[b, t].log_softmax(-1)
+        exact["kl"].append(full_kl(teacher[b, t], student[b, t], temperature))
+        exact["hard_top1"].append(-q[teacher[b, t].argmax()])
+        exact["hard_full"].append(-q[batch.tokens[b, t + 1]])
+    means = {name: torch.stack(values).mean() for name, values in exact.items()}
+    total = 0.7 * means["kl"] + 0.3 * means["hard_top1"] + 0.2 * means["hard_full"]
+    torch.testing.assert_close(loss, total)
+    for name, mean in means.items():
+        torch.testing.assert_close(terms[name], mean.detach())
+    torch.testing.assert_close(torch.autograd.grad(loss, student), torch.autograd.grad(total, student))
+
+
+def test_without_weight_the_divergence_is_not_computed():
+    """Nor are the teacher's answers looked at: they may be anything."""
+    teacher, student = pair()
+    batch = make_batch(teacher, 6, 12)
+    odd = dataclasses.replace(batch, logits=batch.logits * torch.nan, lse=batch.lse * torch.nan, negatives=batch.ids)
+    loss, terms = kd_loss(student, odd, kl=0.0, hard_top1=0.5, hard_full=1.0, temperature=3.0, tail="bucket")
+    exact = kd_loss(student, batch, kl=1.0, hard_top1=0.5, hard_full=1.0)[1]
+    assert terms.keys() == {"hard_top1", "hard_full"}
+    torch.testing.assert_close(loss, 0.5 * exact["hard_top1"] + exact["hard_full"])
+
+
+def test_who_speaks_has_to_be_known():
+    teacher, student = pair()
+    with pytest.raises(ValueError, match="which tokens an assistant said"):
+        kd_loss(student, make_batch(teacher, V, 0), targets="assistant")

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from a1q.data import Sequences, read_sequences
+from a1q.data.bpe import CHAT_TEMPLATE
 from a1q.distill.cache import TeacherCache, sequence_bytes
 from a1q.distill.teacher_model import find_teacher
 from a1q.distill.tokenizers import chat_template_digest
@@ -74,6 +75,41 @@ def test_the_cache_holds_what_the_model_says_about_both_sides(cached, student, e
         torch.testing.assert_close(batch.logits, logits.gather(-1, batch.ids), rtol=0, atol=1e-2)
         torch.testing.assert_close(batch.negative_logits, logits.gather(-1, batch.negatives), rtol=0, atol=1e-2)
         torch.testing.assert_close(batch.logits[..., 0], logits.max(-1).values, rtol=0, atol=1e-2)
+
+
+def conversations(folder, entry, template):
+    """A model that chats, and an entry of questions and answers."""
+    model = model_artifact(folder / "model")
+    settings = json.loads((model.path / "tokenizer_config.json").read_text())
+    (model.path / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": template}))
+    rows = [{"question": f"What of {number}?", "answer": f"It is {number * 7}."} for number in range(60)]
+    (folder / "qa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = {**entry.config, "source": str(folder / "qa.jsonl"), "format": "qa"}
+    return {"model": model, "teacher_model": None}, dataclasses.replace(entry, config=config)
+
+
+def test_what_an_assistant_said_is_kept_of_chats(entry, tmp_path):
+    """In the shuffled order, with its size predicted; other text has none."""
+    inputs, talk = conversations(tmp_path, entry, CHAT_TEMPLATE)
+    done = run_stage(KdStage, options(), inputs, talk, tmp_path / "run")
+    cache, folder = TeacherCache(done.out), inputs["model"].path
+    text = shuffled(read_sequences(talk.config, folder, "train", 16, 10, done.seed, marks=True), done.seed)
+    assert torch.equal(cache.batch(range(10)).said, torch.from_numpy(text.said))
+    assert done.meta["said"]["train"] == text.said.sum() > 10
+    header = sum(len(part["shards"]) for part in done.meta["parts"].values()) * 1100
+    assert 0 <= done.metrics["bytes"] - 13 * sequence_bytes(320, 16, 8, 16, 1, chats=True) <= header
+    plain = TeacherCache(run_stage(KdStage, options(), inputs, entry, tmp_path / "plain").out)
+    assert not plain.knows_who and plain.batch([0]).said is None
+
+
+def test_chats_of_which_it_cannot_be_told_are_said_aloud(entry, tmp_path):
+    inputs, talk = conversations(tmp_path, entry, CHAT_TEMPLATE.replace("assistant\n", "assistant\n<think>"))
+    logs = []
+    done = run_stage(
+        KdStage, options(), inputs, talk, tmp_path / "run", emit=lambda _, values: logs.append(values.get("message"))
+    )
+    assert done.meta["said"] is None and "prompts for one" in done.meta["said_problem"]
+    assert any("WARNING: what an assistant said in any conversation can't be told" in (line or "") for line in logs)
 
 
 def test_the_first_shards_are_of_the_whole_text():

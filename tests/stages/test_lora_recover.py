@@ -1,23 +1,38 @@
 import json
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 
 from a1q.distill.cache import TeacherCache
 from a1q.engine.artifact import Artifact
 from a1q.engine.stage import PlanContext, StageContext
+from a1q.errors import MismatchError
 from a1q.models.checkpoint import load_model
 from a1q.quant.calibration import measure_statistics
 from a1q.quant.linear import quantized_modules
 from a1q.stages.lora_recover import LoraRecoverStage
 from tests.stages.test_train import view
 from tests.tiny import tiny_model
-from tests.training.student import GROUPS, KILLED, TUNE, build, read_tensors, run_stage, stage_config, stage_context
+from tests.training.student import (
+    GROUPS,
+    KILLED,
+    LENGTH,
+    SEQUENCES,
+    TUNE,
+    build,
+    read_tensors,
+    run_stage,
+    stage_config,
+    stage_context,
+)
 
 TOKENS = torch.arange(40).reshape(2, 20) * 7 % 320
 
@@ -169,11 +184,14 @@ def test_kill_9_and_resume_ends_with_the_same_bytes(tmp_path: Path) -> None:
 
 # -- plan ------------------------------------------------------------------------------------------------------------
 def plan(
-    states: dict[str, str], prepared: list[str] | None = None, **options: Any
+    states: dict[str, str], prepared: list[str] | None = None, chats: bool | None = None, **options: Any
 ) -> tuple[Any, list[tuple[str, str]]]:
     problems: list[tuple[str, str]] = []
     config = stage_config("lora_recover", {"objective": {"kd": "teacher"}, **options})
-    views = {"model": view(**states), "teacher": {"vocabulary": 320, "seq_len": 16, "random_negatives": 32}}
+    views = {
+        "model": view(**states),
+        "teacher": {"vocabulary": 320, "seq_len": 16, "random_negatives": 32, "chats": chats},
+    }
     views |= {} if prepared is None else {"statistics": {"prepared": prepared}}
     ctx = PlanContext("recover", config, views, GROUPS, {}, lambda path, message, *_: problems.append((path, message)))
     return LoraRecoverStage().plan(ctx), problems
@@ -197,3 +215,52 @@ def test_plan_predicts_the_adapters() -> None:
 def test_plan_refuses_ranks_and_states() -> None:
     assert "rank 100 is more than a side" in plan({"gate": "quantized"}, rank=100)[1][0][1]
     assert "no module of the model here is quantized" in plan({"gate": "dense"})[1][0][1]
+
+
+def test_plan_refuses_objectives_that_ask_for_nothing_or_for_too_much() -> None:
+    for objective, where, reason in (
+        ({"kl": 0}, "objective.kl", "every weight is 0"),
+        ({"kl": 0, "hard_full": 1, "online": True}, "objective.online", "nothing else asks a teacher"),
+        ({"targets": "assistant"}, "objective.targets", "the data of `teacher` are plain text"),
+    ):
+        _, problems = plan({"gate": "quantized"}, chats=False, objective={"kd": "teacher", **objective})
+        assert [path for path, _ in problems] == [where] and reason in problems[0][1]
+    for chats, objective in (
+        (False, {"kl": 0, "hard_full": 1, "temperature": 2, "tail": "bucket"}),
+        (False, {"kl": 0, "local": 1, "online": True}),
+        (True, {"kl": 0, "hard_full": 1, "targets": "assistant"}),
+        (None, {"targets": "assistant"}),
+    ):
+        assert plan({"gate": "quantized"}, chats=chats, objective={"kd": "teacher", **objective})[1] == []
+
+
+def test_supervised_fine_tuning_of_an_adapter(tmp_path: Path, inputs: dict[str, Artifact]) -> None:
+    """Cross-entropy over what an assistant said lowers it, by torch's own formula; other text is refused by name."""
+    sft = {"kd": "teacher", "kl": 0, "hard_full": 1, "targets": "assistant"}
+    with pytest.raises(MismatchError) as caught:
+        recover(tmp_path, inputs, objective=sft)
+    assert caught.value.problems[0].path == "stages.lora_recover.objective.targets"
+    known = with_answers(tmp_path / "chats", inputs)
+    ctx = recover(tmp_path, known, objective=sft, merge="adapter", lr=1e-2, steps=24, keep="last")
+    batch = TeacherCache(known["teacher"].path).batch(range(SEQUENCES))
+    counts = batch.said[:, 1:] & ~batch.starts[:, 1:]
+    losses = []
+    for model in (load_model(inputs["model"].path), load_model(ctx.out)):
+        with torch.no_grad():
+            chosen = model(batch.tokens).logits[:, :-1][counts]
+        losses.append(float(torch.nn.functional.cross_entropy(chosen, batch.tokens[:, 1:][counts])))
+    assert losses[1] < losses[0] - 0.05
+
+
+def with_answers(folder: Path, inputs: dict[str, Artifact]) -> dict[str, Artifact]:
+    """The same inputs, with every other half of a sequence said by an assistant."""
+    shutil.copytree(inputs["teacher"].path, folder)
+    said = np.packbits(np.arange(LENGTH) >= LENGTH // 2, bitorder="little")
+    for path in folder.glob("*.safetensors"):
+        arrays = load_file(path)
+        save_file({**arrays, "said": np.tile(said, (len(arrays["tokens"]), 1))}, path)
+    meta = json.loads((folder / "teacher.json").read_text())
+    meta["said"] = {part: meta["parts"][part]["sequences"] * LENGTH // 2 for part in ("train", "tune")}
+    (folder / "teacher.json").write_text(json.dumps(meta))
+    teacher = inputs["teacher"]
+    return {**inputs, "teacher": Artifact("teacher", folder, "c" * 64, teacher.meta)}

@@ -20,7 +20,7 @@ from tests.tiny import tiny_family, tiny_model
 from tests.training.student import LENGTH, TUNE, build
 from tests.watch import Largest
 
-ONLINE = Objective("t", 1.0, 0.0, 0.0, "negatives", True, 0.0)
+ONLINE = Objective("t", 1.0, 0.0, 0.0, "negatives", True, 0.0, 1.0, "all")
 VOCABULARY = 320
 
 
@@ -64,7 +64,7 @@ def test_a_cache_of_the_whole_vocabulary_says_the_same(
     inputs: dict[str, Artifact], way: str, temperature: float
 ) -> None:
     """Up to the cache's rounding to fp16: loss, figures, gradients and the held-out loss."""
-    objective = Objective("t", temperature, 0.5, 0.5, "bucket", False, 0.0)
+    objective = Objective("t", temperature, 0.5, 0.5, "bucket", False, 0.0, 1.0, "all")
     cached, online = (
         distillation(inputs, item)
         for item in (objective, dataclasses.replace(objective, tail="negatives", online=True))
@@ -132,6 +132,36 @@ def test_local_errors_against_float64(inputs: dict[str, Artifact], way: str) -> 
         if part.grad is not None:
             found = (others[name] - grads[name]).double()
             assert float((found - 3 * part.grad).norm()) <= 1e-3 * float(3 * part.grad.norm()) + 1e-6, name
+
+
+def test_local_errors_alone_ask_no_head_of_the_teacher(
+    inputs: dict[str, Artifact], way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the divergence the loss is the cached hard label's and the layers'; the teacher's logits are not made."""
+    objective = dataclasses.replace(ONLINE, kl=0.0, hard_full=1.0)
+    both, local = (distillation(inputs, dataclasses.replace(objective, local=weight)) for weight in (3.0, 1.0))
+    plain = distillation(inputs, dataclasses.replace(objective, online=False))
+    assert all((subject.loss.heads() is not None) == (way == "tiles") for subject in (both, local))
+    monkeypatch.setattr(type(tiny_model()), "forward", without_teacher(type(tiny_model()).forward, local, both))
+    (loss, figures, grads), (more, _, others) = stepped(local), stepped(both)
+    alone, hard, bare = stepped(plain)
+    assert figures.keys() == {"tokens", "hard_full", "local"} and hard.keys() == {"tokens", "hard_full"}
+    assert loss == pytest.approx(alone + figures["local"], rel=1e-6)
+    assert more == pytest.approx(alone + 3 * figures["local"], rel=1e-6)
+    for name, gradient in grads.items():
+        expected = bare[name] + 3 * (gradient - bare[name])
+        assert float((others[name] - expected).norm()) <= 1e-4 * float(expected.norm()) + 1e-6, name
+
+
+def without_teacher(forward: Any, *subjects: Distillation) -> Any:
+    """`forward` that no teacher may call."""
+    teachers = {id(subject.loss._teachers[0]) for subject in subjects}
+
+    def checked(self: Any, *arguments: Any, **named: Any) -> Any:
+        assert id(self) not in teachers
+        return forward(self, *arguments, **named)
+
+    return checked
 
 
 def rows_of(subject: Distillation) -> list[int]:

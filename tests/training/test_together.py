@@ -94,7 +94,7 @@ def test_a_batch_smaller_than_the_processes_is_refused(inputs: dict[str, Artifac
     from a1q.models.checkpoint import load_model
     from a1q.training.distillation import BatchConfig, Distillation, Objective
 
-    objective = Objective("teacher", 1.0, 0.0, 0.0, "negatives", False, 0.0)
+    objective = Objective("teacher", 1.0, 0.0, 0.0, "negatives", False, 0.0, 1.0, "all")
     subject = Distillation(
         load_model(inputs["model"].path),
         TeacherCache(inputs["teacher"].path),
