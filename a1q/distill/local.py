@@ -38,18 +38,22 @@ def local_loss(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
 
 
 @contextmanager
-def layer_outputs(model: Any, wanted: bool = True) -> Iterator[list[Tensor]]:
-    """The hidden states behind every decoder layer, in order, of the forward pass inside the block.
+def layer_outputs(model: Any, wanted: bool = True, only: int | None = None) -> Iterator[list[Tensor]]:
+    """The hidden states behind every decoder layer, in order, or behind one, of the forward pass inside the block.
 
     They are what the layer gives, before the final norm, and carry its gradient. A layer computed again in the backward
     pass adds nothing. Where they are not wanted there are none.
+
+    Args:
+        only: the number of the one layer whose states are wanted.
     """
     from a1q.models.blocks import decoder_layers, states_of
 
     found: list[Tensor] = []
     hooks = [
         layer.register_forward_hook(lambda _layer, _inputs, output: found.append(states_of(output)))
-        for layer in (decoder_layers(model)[1] if wanted else ())
+        for index, layer in enumerate(decoder_layers(model)[1] if wanted else ())
+        if only in (None, index)
     ]
     try:
         yield found

@@ -12,6 +12,7 @@ from a1q.engine.stage import Outcome, PlanContext, Stage, StageContext
 from a1q.errors import MismatchError
 from a1q.quant.bits import disk_bytes
 from a1q.training.distillation import BatchConfig, Distillation, Objective, require_said
+from a1q.training.layers import LayerwiseConfig, planned_turns, turn_bytes, turns_note, turns_of
 from a1q.training.parameters import NORMS
 from a1q.training.planning import (
     activation_bytes,
@@ -61,6 +62,7 @@ class TrainConfig:
     evaluate_sequences: int
     straight_through_fp16: bool
     recompute: bool
+    layerwise: LayerwiseConfig | None
 
 
 class TrainStage(Stage):
@@ -69,6 +71,8 @@ class TrainStage(Stage):
     With `weights` in `trainable`, every trained module has a latent weight from which its indices are derived anew
     in each forward pass; the artifact keeps it. Without, indices stand still and the latents of the trained modules
     are dropped: they would no longer agree with the trained scales. Modules that don't train keep theirs.
+
+    With `layerwise` the decoder layers train one after the other (`a1q.training.layerwise`).
     """
 
     version = 4
@@ -83,6 +87,9 @@ class TrainStage(Stage):
         targets = quantized_targets(ctx, view, config.groups)
         check_teacher(ctx, config.objective, view)
         check_batch(ctx, config.batch)
+        turns = planned_turns(ctx, view, targets) if config.layerwise and targets else {}
+        if config.layerwise:
+            targets = {name: module for modules in turns.values() for name, module in modules.items()}
         if not targets:
             return Outcome(view=view)
         count, weights = weight_count(targets.values()), "weights" in config.trainable
@@ -92,19 +99,20 @@ class TrainStage(Stage):
             ctx.recipe_problem("trainable", f"there is nothing to train: these modules' schemes have no {sets}")
         # per trained weight: the quantized weight and its gradient; with a latent also itself, its gradient, two
         # moments and the best so far
-        memory = 4 * view.parameters + count * (28 if weights else 8)
+        memory = 4 * view.parameters + (turn_bytes(turns.values(), config) if turns else count * (28 if weights else 8))
         memory += 4 * trained * (config.ema is not None)
         memory += online_bytes(view, config.objective, config.batch, ctx.views.get("teacher"))
         memory += activation_bytes(view, config.batch, ctx.views.get("teacher"), config.recompute)
+        steps = config.steps * (len(turns) or 1)
         view = view.replace({name: dataclasses.replace(module, latent=weights) for name, module in targets.items()})
         return Outcome(
             view=view,
-            disk_bytes=disk_bytes(view) * (1 + config.steps // (config.keep_every or config.steps + 1)),
+            disk_bytes=disk_bytes(view) * (1 + (steps // config.keep_every if config.keep_every else 0)),
             memory_bytes=memory,
             notes=(
                 f"trains {', '.join(config.trainable)} of {len(targets)} modules",
                 *listed(targets),
-                checkpoint_note(trained, config.ema is not None),
+                *(turns_note(turns, config) if turns else [checkpoint_note(trained, config.ema is not None)]),
             ),
         )
 
@@ -123,13 +131,15 @@ class TrainStage(Stage):
         from a1q.quant.module import quantized_modules
         from a1q.training.device import note_rounding, prepare_torch, recompute_layers
         from a1q.training.kept import KeptSteps
+        from a1q.training.layerwise import train_layers
         from a1q.training.loop import LoopSpec, run_loop
         from a1q.training.memory import told_what_to_lower
         from a1q.training.parameters import latents, parameter_groups, select_modules, set_aside_latents
 
         config, source, teacher = ctx.config, ctx.inputs["model"], ctx.inputs["teacher"]
         assert source is not None and teacher is not None
-        if config.keep_every and ctx.runtime.shard and not ctx.world.alone:
+        split = ctx.runtime.shard and not ctx.world.alone and config.layerwise is None
+        if config.keep_every and split:
             raise MismatchError("`keep_every` writes whole models, and `runtime.shard` splits them: leave one out")
         device = prepare_torch(ctx.runtime, ctx.seed, ctx.world)
         note_rounding(ctx, config.straight_through_fp16)
@@ -140,18 +150,20 @@ class TrainStage(Stage):
         model = load_model(source.path, device=device)
         modules = dict(quantized_modules(model))
         chosen = select_modules(modules, ctx.groups, config.groups)
+        if config.layerwise:
+            turns = turns_of(model, chosen, config)
+            chosen = {name: module for turn in turns for name, module in turn.modules.items()}
         for module in modules.values():
             module.straight_through_fp16 = config.straight_through_fp16
         weights = "weights" in config.trainable
-        frozen = {name: module for name, module in modules.items() if name not in chosen or not weights}
-        aside = set_aside_latents(frozen)
-        if weights:
+        still = [name for name in modules if name not in chosen or not weights or config.layerwise]
+        aside = set_aside_latents({name: modules[name] for name in still})
+        if weights and not config.layerwise:
             for module in chosen.values():
                 if module.latent is None:
                     module.start_latent()
-        elif aside.keys() & chosen.keys():
+        elif not weights and aside.keys() & chosen.keys():
             ctx.log("weights don't train here: latents are dropped, indices stay as they are")
-        groups, state = parameter_groups(model, chosen.values(), config.trainable, vars(config.lr))
         objective = Distillation(
             model,
             cache,
@@ -165,32 +177,37 @@ class TrainStage(Stage):
         model.train()
         if config.recompute:
             recompute_layers(model)
-        together = objective.over(ctx.world, ctx.smoke, state, latents(state) if ctx.runtime.shard else ())
-        groups, state = together.moved(groups, state)
-        kept_aside = {name: latent for name, latent in aside.items() if name not in chosen}
 
         def save(folder: Path) -> None:
-            for name, latent in kept_aside.items():
-                modules[name].start_latent(latent)
+            kept_aside = [name for name in aside if weights or name not in chosen]
+            for name in kept_aside:
+                modules[name].start_latent(aside[name])
             save_model(model, folder, tokenizer_from=source.path)
             for name in kept_aside:
                 modules[name].drop_latent()
 
         kept, batch = KeptSteps(ctx.scratch, save), config.batch
         less = "what trains: without `weights` in `trainable` a quarter of the memory is enough"
+        identity = {"model": source.digest, "teacher": teacher.digest}
         with told_what_to_lower(batch.sequences, batch.accumulate, cache.seq_len, less, config.recompute):
-            result = run_loop(
-                ctx,
-                parameter_groups=groups,
-                loss_of=objective.loss_of,
-                evaluate=objective.held_out(),
-                spec=LoopSpec.of(config, ctx.seed),
-                state=state,
-                identity={"model": source.digest, "teacher": teacher.digest},
-                together=together,
-                keep_step=kept.keep,
-            )
-        together.end()
+            if config.layerwise:
+                result = train_layers(ctx, turns, objective, aside, kept.keep, identity)
+            else:
+                groups, state = parameter_groups(model, chosen.values(), config.trainable, vars(config.lr))
+                together = objective.over(ctx.world, ctx.smoke, state, latents(state) if split else ())
+                groups, state = together.moved(groups, state)
+                result = run_loop(
+                    ctx,
+                    parameter_groups=groups,
+                    loss_of=objective.loss_of,
+                    evaluate=objective.held_out(),
+                    spec=LoopSpec.of(config, ctx.seed),
+                    state=state,
+                    identity=identity,
+                    together=together,
+                    keep_step=kept.keep,
+                )
+                together.end()
         if not ctx.world.leads:
             return
         save(ctx.out)

@@ -170,14 +170,9 @@ class Distillation:
         Raises:
             MismatchError: if a micro-batch has too few sequences for all of them.
         """
+        self.share(world, smoke)
         if world.alone:
             return Together()
-        if smoke:
-            self.batch = BatchConfig(max(self.batch.sequences, world.size), self.batch.accumulate)
-        if self.batch.sequences < world.size:
-            message = f"`batch.sequences` is {self.batch.sequences}, and {world.size} processes share a micro-batch"
-            raise MismatchError([Problem(message, hint=f"at least {world.size}, or fewer processes (`--launch`)")])
-        self.world = world
         if split:
             assert state is not None
             from a1q.models.blocks import decoder_layers
@@ -186,6 +181,15 @@ class Distillation:
         replicas = Replicas(world, self.loss, self.device)
         self.training_loss = replicas.module
         return replicas
+
+    def share(self, world: World, smoke: bool = False) -> None:
+        """Let the processes of `world` share every batch from now on; arguments and errors as `over`."""
+        if smoke:
+            self.batch = BatchConfig(max(self.batch.sequences, world.size), self.batch.accumulate)
+        if self.batch.sequences < world.size:
+            message = f"`batch.sequences` is {self.batch.sequences}, and {world.size} processes share a micro-batch"
+            raise MismatchError([Problem(message, hint=f"at least {world.size}, or fewer processes (`--launch`)")])
+        self.world = world
 
     def held_out(self) -> Callable[[], float] | None:
         """`evaluate`, or None where the cache has no held-out part."""

@@ -31,7 +31,11 @@ def select_modules(
 
 
 def parameter_groups(
-    model: nn.Module, modules: Iterable[QuantModule], sets: Iterable[str], rates: Mapping[str, float]
+    model: nn.Module,
+    modules: Iterable[QuantModule],
+    sets: Iterable[str],
+    rates: Mapping[str, float],
+    inside: str = "",
 ) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
     """Freeze `model` but for the named sets of `modules`.
 
@@ -41,6 +45,7 @@ def parameter_groups(
 
     Args:
         rates: set name -> learning rate in such units.
+        inside: what the names of gains that train begin with.
 
     Returns:
         The optimizer's groups, one per parameter, and the trained parameters by name.
@@ -56,7 +61,8 @@ def parameter_groups(
     state: dict[str, Tensor] = {}
     for set_name in sets:
         if set_name == NORMS:
-            found = [item for name, item in model.named_parameters() if item.ndim == 1 and "norm" in name]
+            named = [item for item in model.named_parameters() if item[0].startswith(inside)]
+            found = [item for name, item in named if item.ndim == 1 and "norm" in name]
         else:
             found = [parameter for module in modules for parameter in module.trainable(set_name)]
         new = [parameter for parameter in found if names[id(parameter)] not in state]

@@ -43,6 +43,8 @@ class DistillationLoss(nn.Module):
         super().__init__()
         self.student = student
         self.terms, self.held_out, self.local, self.tiled, self.runtime = terms, held_out, local, tiled, runtime
+        self.local_layer: int | None = None
+        """The one decoder layer that `local` looks at; None: all of them."""
         self._teachers: tuple[Any, ...] = () if teacher is None else (teacher.eval().requires_grad_(False),)
         self._finders = [HeadFinder(model) for model in (student, *self._teachers)]
 
@@ -85,9 +87,9 @@ class DistillationLoss(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         (teacher,) = self._teachers
         with autocast(self.runtime):
-            with torch.no_grad(), layer_outputs(teacher, local > 0) as theirs:
+            with torch.no_grad(), layer_outputs(teacher, local > 0, self.local_layer) as theirs:
                 taught = _run(teacher, batch.tokens, heads is not None)
-            with layer_outputs(self.student, local > 0) as ours:
+            with layer_outputs(self.student, local > 0, self.local_layer) as ours:
                 said = _run(self.student, batch.tokens, heads is not None)
             if heads is not None:
                 own, other = heads
