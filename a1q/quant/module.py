@@ -39,6 +39,8 @@ class QuantModule(nn.Module):
     latent: nn.Parameter | None
     lora_A: nn.Parameter | None
     lora_B: nn.Parameter | None
+    snapped_sets: tuple[str, ...] = ()
+    """Sets whose parameters hold fp16-exact numbers already; whoever trains or replaces them clears it."""
 
     def __init__(
         self,
@@ -256,7 +258,7 @@ class QuantModule(nn.Module):
         for name in self.part_names:
             delattr(self, name)
         self.part_names = tuple(name for name in parts if name != "indices")
-        self.state = state
+        self.state, self.snapped_sets = state, ()
         training = {name for names in self.scheme.trainable.values() for name in names if state == QUANTIZED}
         for name in self.part_names:
             part = parts[name].detach().to(self.indices.device)
