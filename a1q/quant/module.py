@@ -244,7 +244,10 @@ class QuantModule(nn.Module):
                 if y is not None:
                     return y
             return linear(x, self.weight.to(x.dtype))
-        return self.scheme.apply(self.parts(), x, self.form)
+        parts = self.parts()
+        if self.straight_through_fp16 and self.state != SNAPPED:
+            parts = self.scheme.rounded(parts)
+        return self.scheme.apply(parts, x, self.form)
 
     def extra_repr(self) -> str:
         rows, columns = self.shape

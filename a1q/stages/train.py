@@ -10,7 +10,9 @@ from typing import Any
 from a1q.engine.stage import Outcome, PlanContext, Stage, StageContext
 from a1q.errors import MismatchError
 from a1q.quant.bits import disk_bytes
+from a1q.quant.forms import check_form, form_bytes, form_note, set_form
 from a1q.training.distillation import BatchConfig, Distillation, Objective
+from a1q.training.freezing import check_freeze, still_snapped
 from a1q.training.parameters import NORMS
 from a1q.training.planning import (
     activation_bytes,
@@ -60,6 +62,8 @@ class TrainConfig:
     evaluate_sequences: int
     straight_through_fp16: bool
     recompute: bool
+    form: str
+    freeze: tuple[str, ...]
 
 
 class TrainStage(Stage):
@@ -85,6 +89,11 @@ class TrainStage(Stage):
         if not targets:
             return Outcome(view=view)
         count, weights = weight_count(targets.values()), "weights" in config.trainable
+        check_freeze(ctx, config.freeze, config.trainable, targets)
+        formed = check_form(ctx, config.form, targets)
+        if formed and weights:
+            message = f"`form: {config.form}` holds indices still, and weights train by moving them"
+            ctx.recipe_problem("form", message, "take weights out of `trainable`, or leave `form` out")
         trained = trained_count(targets.values(), config.trainable)
         if not trained and NORMS not in config.trainable:
             sets = ", ".join(config.trainable)
@@ -95,7 +104,17 @@ class TrainStage(Stage):
         memory += 4 * trained * (config.ema is not None)
         memory += online_bytes(view, config.objective, config.batch, ctx.views.get("teacher"))
         memory += activation_bytes(view, config.batch, ctx.views.get("teacher"), config.recompute)
-        view = view.replace({name: dataclasses.replace(module, latent=weights) for name, module in targets.items()})
+        tokens = config.batch.sequences * (ctx.views.get("teacher") or {}).get("seq_len", 0)
+        memory += form_bytes(config.form, formed.values(), tokens, trains=True)
+        changed = {
+            name: dataclasses.replace(
+                module,
+                latent=weights,
+                snapped_sets=still_snapped(module.snapped_sets, config.trainable, config.freeze),
+            )
+            for name, module in targets.items()
+        }
+        view = view.replace(changed)
         return Outcome(
             view=view,
             disk_bytes=disk_bytes(view) * (1 + config.steps // (config.keep_every or config.steps + 1)),
@@ -103,6 +122,7 @@ class TrainStage(Stage):
             notes=(
                 f"trains {', '.join(config.trainable)} of {len(targets)} modules",
                 *listed(targets),
+                *form_note(config.form, formed),
                 checkpoint_note(trained, config.ema is not None),
             ),
         )
@@ -148,7 +168,10 @@ class TrainStage(Stage):
                     module.start_latent()
         elif aside.keys() & chosen.keys():
             ctx.log("weights don't train here: latents are dropped, indices stay as they are")
-        groups, state = parameter_groups(model, chosen.values(), config.trainable, vars(config.lr))
+        for module in chosen.values():
+            module.snapped_sets = still_snapped(module.snapped_sets, config.trainable, config.freeze)
+        set_form(config.form, chosen.values())
+        groups, state = parameter_groups(model, chosen.values(), config.trainable, vars(config.lr), config.freeze)
         objective = Distillation(
             model,
             cache,
