@@ -182,7 +182,7 @@ def _round_in_place(ctx: StageContext, modules: Mapping[str, QuantModule]) -> No
     worst = largest = 0.0
     for step, module in enumerate(having.values(), 1):
         worst = max(worst, snap_magnitudes(module))
-        largest = max(largest, *(float(part.abs().max()) for part in module.trainable(MAGNITUDES)))
+        largest = max(largest, *(float(part.detach().abs().max()) for part in module.trainable(MAGNITUDES)))
         ctx.progress(step, len(having))
     ctx.metrics.update(modules=len(having), worst_change=worst, largest_magnitude=largest)
 
