@@ -8,6 +8,7 @@ import torch
 
 from a1q.engine.artifact import Artifact
 from a1q.quant.linear import QuantLinear
+from tests.distill.workspace import write_text
 from tests.stages.quantizing import plan, run, view_of
 from tests.training.student import build, read_tensors
 
@@ -94,3 +95,22 @@ def test_schemes_without_the_form_and_weights_that_train_are_problems_at_form(
     )
     assert problems == []
     assert "factored: 3 products where the dense form has one, in 14 linears" in outcome.notes
+
+
+def test_evaluation_in_any_form_finds_the_same(tmp_path: Path, inputs: dict[str, Artifact]) -> None:
+    entry = write_text(tmp_path / "text.jsonl")
+    snapped, _ = run("snap", tmp_path / "snapped", {"model": inputs["model"]}, {})
+    found = {}
+    for form in ("dense", *FORMS):
+        options = {"data": "text", "sequences": 4, "form": form}
+        outcome, problems = plan("eval", {"model": view_of(snapped), "teacher": None}, options, {"text": entry})
+        assert problems == []
+        assert any("3 products" in note for note in outcome.notes) == (form != "dense")
+        _, ctx = run("eval", tmp_path / form, {"model": snapped}, options, {"text": entry})
+        found[form] = ctx.metrics["loss"]
+    assert len(set(found.values())) > 1, "all forms computed alike, to the last bit"
+    assert found["factored"] == pytest.approx(found["dense"], rel=1e-5)
+    assert found["batched"] == pytest.approx(found["dense"], rel=1e-5)
+    dense = Artifact("model", inputs["teacher_model"].path, "")
+    ((path, message, _, _),) = plan("eval", {"model": view_of(dense), "teacher": None}, options, {"text": entry})[1]
+    assert path == "form" and "no linear here is quantized" in message
