@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +11,7 @@ from a1q.engine.stage import StageContext
 from a1q.errors import StageError
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-FP16_MAX = 65504.0
+    from torch import nn
 
 
 @dataclass(frozen=True)
@@ -55,12 +52,13 @@ class SafetensorsExporter(Exporter):
         import torch
         from huggingface_hub import save_torch_state_dict
 
+        from a1q.models.baked import fp16_state
         from a1q.models.checkpoint import copy_companions, load_model
         from a1q.quant.module import quantized_modules
 
         torch.manual_seed(ctx.seed)
         loaded = load_model(model.path)
-        state = _fp16_state(loaded, ctx.progress)
+        state = fp16_state(loaded, ctx.progress)
         save_torch_state_dict(state, ctx.out, max_shard_size=config.shard_size, metadata={"format": "pt"})
         del state  # the comparison holds the model a second time
         loaded.config.dtype = torch.float16
@@ -97,38 +95,3 @@ class SafetensorsExporter(Exporter):
                 f"the exported folder, loaded back by transformers, computes other logits: "
                 f"cosine {cosine:.6f}, wanted at least {config.min_cosine}"
             )
-
-
-def _fp16_state(model: nn.Module, progress: Callable[[int, int], None]) -> dict[str, Tensor]:
-    """The Hugging Face state dict with every weight dense in fp16; a tied head appears once, as the embedding.
-
-    Weights are written out and rounded one by one: all of them in float32 would be twice the memory.
-
-    Raises:
-        StageError: if a weight is not finite in fp16.
-    """
-    from a1q.quant.module import quantized_modules
-
-    quantized = dict(quantized_modules(model))
-    inside = tuple(f"{name}." for name in quantized)
-    tied = model.config.tie_word_embeddings  # type: ignore[union-attr]
-    state = {
-        name: _fp16(name, tensor)
-        for name, tensor in model.state_dict().items()
-        if not name.startswith(inside) and not (tied and name == "lm_head.weight")
-    }
-    for step, (name, module) in enumerate(quantized.items(), 1):
-        state[f"{name}.weight"] = _fp16(f"{name}.weight", module.dequantize())
-        if module.bias is not None:
-            state[f"{name}.bias"] = _fp16(f"{name}.bias", module.bias)
-        progress(step, len(quantized))
-    return state
-
-
-def _fp16(name: str, tensor: Tensor) -> Tensor:
-    import torch
-
-    largest = tensor.abs().max().item() if tensor.numel() else 0.0
-    if not largest <= FP16_MAX:
-        raise StageError(f"{name} does not fit FP16: its largest value is {largest:g}, FP16 ends at {FP16_MAX:g}")
-    return tensor.detach().to(torch.float16).contiguous()

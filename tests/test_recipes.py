@@ -40,6 +40,8 @@ MODEL_TYPES = {
 SETTINGS = {
     **dict.fromkeys(MODEL_TYPES, FAMILY),
     "q2a4": ["model.source={model}", TEXT, *SHORT],
+    "v1_to_v2": ["model.source={model}", TEXT, "stages.check.gate={}", *SHORT],
+    "v2_scratch": ["model.source={model}", TEXT, "stages.check.gate={}", *SHORT],
     "budget": [
         "model.source={model}",
         TEXT,

@@ -69,16 +69,22 @@ def save_model(model: Any, folder: Path, tokenizer_from: Path | None = None) -> 
             "adapter": module.adapter,
             "fp16": module.straight_through_fp16,
             **({} if module.kind == "linear" else {"kind": module.kind}),
+            **({"snapped_sets": list(module.snapped_sets)} if module.snapped_sets else {}),
         }
     header = json.dumps({"format": FORMAT, "modules": facts}, sort_keys=True)
     save_file(tensors, folder / WEIGHTS, metadata={"a1q": header})
-    config = model.config.to_dict()
-    config["dtype"] = "float16" if snapped else "float32"
-    config.pop("_name_or_path", None)  # where the model came from is no part of its content
-    text = json.dumps(config, indent=2, sort_keys=True)
-    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+    write_config(model.config, folder, "float16" if snapped else "float32")
     if tokenizer_from is not None:
         copy_companions(tokenizer_from, folder)
+
+
+def write_config(config: Any, folder: Path, dtype: str) -> None:
+    """Write config.json, weights being of `dtype`."""
+    entries = config.to_dict()
+    entries["dtype"] = dtype
+    entries.pop("_name_or_path", None)  # where the model came from is no part of its content
+    text = json.dumps(entries, indent=2, sort_keys=True)
+    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
 
 
 def copy_companions(source: Path, folder: Path) -> None:
@@ -270,6 +276,7 @@ def _read_quantized(
     lora = tensors.pop("lora_A", None), tensors.pop("lora_B", None)
     module = kinds[kind][0].in_place_of(dense, spec, tensors, latent, state)
     module.straight_through_fp16 = fact["fp16"]
+    module.snapped_sets = tuple(fact.get("snapped_sets", ()))
     if adapter is not None:
         module.set_adapter(*lora, adapter["alpha"])
     return module, {f"{name}.{part}" for part in wanted}

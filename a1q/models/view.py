@@ -37,6 +37,8 @@ class ModuleView:
     """Rank of an unmerged adapter; 0 for none."""
     latent: bool = False
     """Whether the file also holds the weight from which the indices are derived (float32)."""
+    snapped_sets: tuple[str, ...] = ()
+    """Parameter sets (`magnitudes`) of a quantized module that hold fp16-exact numbers, snapped before the rest."""
     alternatives: tuple[Mapping[str, Any], ...] = ()
     """While planning: the other complete schemes that `allocate` may choose instead of `scheme`, its largest."""
 
@@ -174,7 +176,8 @@ def read_view(folder: Path) -> ModelView:
 def _quantized_view(name: str, fact: Mapping[str, Any], latent: bool) -> ModuleView:
     rows, columns = fact["shape"]
     adapter = (fact["adapter"] or {"rank": 0})["rank"]
-    return ModuleView(name, (rows, columns), fact.get("kind", "linear"), fact["state"], fact["scheme"], adapter, latent)
+    kind, sets = fact.get("kind", "linear"), tuple(fact.get("snapped_sets", ()))
+    return ModuleView(name, (rows, columns), kind, fact["state"], fact["scheme"], adapter, latent, sets)
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

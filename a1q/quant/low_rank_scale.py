@@ -32,6 +32,10 @@ class LowRankScale(Scheme):
     def hardware(self) -> str:
         return "palette"
 
+    @property
+    def forms(self) -> tuple[str, ...]:
+        return ("dense", "factored", "batched")
+
     def check(self, shape: Shape) -> list[str]:
         if self.config.rank > min(shape):
             return [f"rank {self.config.rank} is more than the smaller side of {shape[0]}x{shape[1]}"]
@@ -102,11 +106,10 @@ class LowRankScale(Scheme):
     def rounded(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         import torch
 
-        from a1q.quant.grid import round_fp16
-        from a1q.quant.straight_through import fold
+        from a1q.quant.straight_through import fold, rounded_through
 
         a, b = fold(parts["a"], parts["g"], parts["b"])
-        grid = {"lut": round_fp16(parts["lut"]), "a": round_fp16(a), "b": round_fp16(b)}
+        grid = {"lut": rounded_through(parts["lut"]), "a": rounded_through(a), "b": rounded_through(b)}
         return {**parts, **grid, "g": torch.ones_like(parts["g"])}
 
     def snap_scale(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -39,6 +39,8 @@ class QuantModule(nn.Module):
     latent: nn.Parameter | None
     lora_A: nn.Parameter | None
     lora_B: nn.Parameter | None
+    snapped_sets: tuple[str, ...] = ()
+    """Sets whose parameters hold fp16-exact numbers already; whoever trains or replaces them clears it."""
 
     def __init__(
         self,
@@ -256,7 +258,10 @@ class QuantModule(nn.Module):
                 if y is not None:
                     return y
             return linear(x, self.weight.to(x.dtype))
-        return self.scheme.apply(self.parts(), x, self.form)
+        parts = self.parts()
+        if self.straight_through_fp16 and self.state != SNAPPED:
+            parts = self.scheme.rounded(parts)
+        return self.scheme.apply(parts, x, self.form)
 
     def extra_repr(self) -> str:
         rows, columns = self.shape
@@ -270,7 +275,7 @@ class QuantModule(nn.Module):
         for name in self.part_names:
             delattr(self, name)
         self.part_names = tuple(name for name in parts if name != "indices")
-        self.state = state
+        self.state, self.snapped_sets = state, ()
         training = {name for names in self.scheme.trainable.values() for name in names if state == QUANTIZED}
         for name in self.part_names:
             part = parts[name].detach().to(self.indices.device)

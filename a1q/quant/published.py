@@ -2,6 +2,9 @@
 
 k-means over the old table's *entries*, each counted once whatever its use; the old scale stays, and further ranks
 start as small noise. What it leaves out (how often and at what scale an entry is used) is what a refit uses.
+
+At the same bits the table stays too, and only the indices are new, derived from W / S: the published way from V1 to V2,
+which forgets what the old ones were chosen by.
 """
 
 from __future__ import annotations
@@ -28,7 +31,9 @@ def convert_published(parts: Mapping[str, Tensor], bits: int, rank: int, seed: i
     if 2**bits > len(lut) or more < 0:
         raise ValueError(f"{len(lut)} entries and rank {len(g)} can't become {2**bits} entries and rank {rank}")
     entries = lut.sort().values[None]
-    clustered = lloyd(entries, torch.ones_like(entries), quantile_start(entries, 2**bits), rounds=100)[0]
+    clustered = entries[0]
+    if 2**bits < len(lut):
+        clustered = lloyd(entries, torch.ones_like(entries), quantile_start(entries, 2**bits), rounds=100)[0]
     generator = torch.Generator().manual_seed(seed)
 
     def directions(*shape: int) -> Tensor:

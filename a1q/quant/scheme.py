@@ -84,6 +84,11 @@ class Scheme(ABC):
         """How `hardware_form` says the weight: `palette`, `blockwise`, or empty where a scheme has no such form."""
         return ""
 
+    @property
+    def forms(self) -> tuple[str, ...]:
+        """The ways in which `apply` computes the product; `factored` and `batched` take the scale apart by ranks."""
+        return ("dense",)
+
     # -- without torch -------------------------------------------------------------------------------------
     @abstractmethod
     def check(self, shape: Shape) -> list[str]:
@@ -147,10 +152,13 @@ class Scheme(ABC):
         raise NotImplementedError(f"{type(self).__name__} has no hardware form")
 
     def rounded(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The parts as `weight` sees them with `fp16`, in their own types; here every part rounded by itself."""
-        from a1q.quant.grid import round_fp16
+        """The parts as `weight` sees them with `fp16`, in their own types; here every part rounded by itself.
 
-        return {name: part if name in self.integers else round_fp16(part) for name, part in parts.items()}
+        The gradient of rounding is the identity.
+        """
+        from a1q.quant.straight_through import rounded_through
+
+        return {name: part if name in self.integers else rounded_through(part) for name, part in parts.items()}
 
     def product(self, parts: Mapping[str, Tensor], latent: Tensor | None, x: Tensor, fp16: bool) -> Tensor | None:
         """x [..., in] times the transposed weight, [..., out], differentiable by x, `latent` and `parts` that train.

@@ -10,7 +10,7 @@ from a1q.report.rules import by_group, rules_of
 from a1q.report.table import duration, figure, table
 
 KEY_METRICS = (
-    *("kl", "kl_before", "kl_after", "kl_refit", "ppl", "teacher_ppl", "top1", "bpw", "bpw_model"),
+    *("kl", "kl_before", "kl_after", "kl_rounding", "kl_refit", "ppl", "teacher_ppl", "top1", "bpw", "bpw_model"),
     *("cosine", "cosine_fp32", "cosine_fp16", "loss", "bytes"),
 )
 """Shown first, in this order."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,7 @@ from a1q.engine.matching import resolve_rules, summarize
 from a1q.engine.stage import Outcome, PlanContext, Stage, StageContext
 from a1q.models.view import DENSE, QUANTIZED, ModelView, ModuleView
 from a1q.quant.bits import disk_bytes
+from a1q.quant.build import complete, make_scheme
 from a1q.quant.planning import check_statistics, fit_memory, notes, order_memory, planned_modules
 from a1q.training.reconstruction import ReconstructConfig, check_reconstruction
 
@@ -40,14 +41,14 @@ class ConvertConfig:
 
     def __post_init__(self) -> None:
         """Layers have no order where neither fits nor training look at what they take."""
-        if self.method == "published" and self.reconstruct is None:
+        if self.method != "refit" and self.reconstruct is None:
             object.__setattr__(self, "sequential", False)
 
 
 class ConvertStage(Stage):
     """Fit new parts to the latent or the quantized weights of every module named."""
 
-    version = 2
+    version = 3
     Config = ConvertConfig
 
     def plan(self, ctx: PlanContext) -> Outcome:
@@ -58,6 +59,8 @@ class ConvertStage(Stage):
         _check_compare(ctx, view, changed)
         check_statistics(ctx)
         check_reconstruction(ctx)
+        if ctx.config.method == "exact" and ctx.config.reconstruct is not None:
+            ctx.recipe_problem("reconstruct", "`method: exact` keeps every weight, and a reconstruction trains them")
         result = view.replace(changed)
         lines = notes(result, changed, owners) if changed else ()
         without = [name for name in changed if not view.modules[name].latent]
@@ -74,6 +77,7 @@ class ConvertStage(Stage):
 
     def run(self, ctx: StageContext) -> None:
         """Fit in model order, measure before and after, write the model."""
+        from a1q.distill.meter import kl_meter
         from a1q.models.checkpoint import load_model, save_model
         from a1q.models.view import read_view
         from a1q.quant.measure import error_by_group, report_bits
@@ -90,7 +94,7 @@ class ConvertStage(Stage):
         changed = _planned(plan, view, owners)
         statistics = read_statistics(ctx.inputs["statistics"], measured_modules(view, changed))
         model = load_model(source.path, device=device)
-        measure = _kl_meter(ctx, device)
+        measure = kl_meter(ctx, device)
         if measure is not None:
             ctx.metrics["kl_before"] = measure(model)
             if ctx.config.compare:
@@ -122,6 +126,7 @@ class _Fitter:
         self.after: dict[str, tuple[float, float]] = {}
 
     def fit(self, name: str, inputs: Inputs | None) -> None:
+        from a1q.quant.magnitudes import say_anew
         from a1q.quant.measure import relative_error
         from a1q.quant.module import naming
 
@@ -129,7 +134,9 @@ class _Fitter:
         target = _target(module, self.config.target)
         self.before[name] = relative_error(target, module.dequantize() + module.adapter_delta(), inputs)
         module.drop_adapter()
-        if self.config.method == "published":
+        if self.config.method == "exact":
+            say_anew(module)
+        elif self.config.method == "published":
             _refit_published(module, scheme, target, self.seed)
         else:
             with naming(name):
@@ -164,6 +171,9 @@ def _planned(ctx: PlanContext, view: ModelView, owners: Mapping[str, str]) -> di
         if ctx.config.method == "published" and not all(_publishable(old.scheme or {}, new) for old, new, _ in wanted):
             message = f"`method: published` takes {PUBLISHED} to the same or fewer bits and the same or more ranks"
             ctx.recipe_problem(path, message, "use `method: refit`")
+            continue
+        if ctx.config.method == "exact" and (problem := _inexact(wanted)):
+            ctx.recipe_problem(path, *problem)
             continue
         changed |= planned_modules(ctx, path, wanted)
     return {name: changed[name] for name in view.modules if name in changed}
@@ -220,6 +230,21 @@ def _report_comparison(ctx: StageContext) -> None:
     )
 
 
+def _inexact(wanted: Sequence[tuple[ModuleView, Mapping[str, Any], bool]]) -> tuple[str, str] | None:
+    """Why modules can't be said anew without any change, and a hint; None where they can."""
+    if any(complete(old.scheme or {}) != complete(new) for old, new, _ in wanted):
+        return "`method: exact` changes neither bits nor rank nor anything else", "leave the rule empty: `{}`"
+    flat = [old.name for old, new, _ in wanted if "magnitudes" not in make_scheme(new).trainable]
+    if flat:
+        named = ", ".join(summarize(flat))
+        return f"`method: exact` moves magnitudes, and {len(flat)} modules' schemes have none: {named}", ""
+    adapted = [old.name for old, _, _ in wanted if old.adapter]
+    if adapted:
+        named = ", ".join(summarize(adapted))
+        return f"{len(adapted)} modules hold an unmerged adapter, which only a fit can merge: {named}", ""
+    return None
+
+
 def _target(module: QuantModule, wanted: str) -> Tensor:
     """What is fitted, [out, in]: the latent where wanted and there, else the quantized weight; plus the adapter."""
     base = module.latent.detach() if wanted == "latent" and module.latent is not None else module.dequantize()
@@ -227,35 +252,8 @@ def _target(module: QuantModule, wanted: str) -> Tensor:
 
 
 def _refit_published(module: QuantModule, spec: Mapping[str, Any], target: Tensor, seed: int) -> None:
-    from a1q.quant.build import make_scheme
     from a1q.quant.published import convert_published
 
     parts = convert_published(module.parts(), spec["bits"], spec["rank"], seed)
     indices = make_scheme(spec).assign(parts, target)
     module.set_scheme(spec, {"indices": indices, **parts}, target)
-
-
-def _kl_meter(ctx: StageContext, device: Any) -> Any:
-    """A function model -> KL to the teacher on the cache's held-out part, or None where there is none to measure."""
-    import numpy
-
-    from a1q.distill.cache import TeacherCache
-    from a1q.distill.evaluate import evaluate_model
-    from a1q.distill.teacher_model import find_teacher
-    from a1q.distill.tokenizers import require_cache_of
-    from a1q.models.checkpoint import load_model
-
-    cache_artifact = ctx.inputs["teacher"]
-    if cache_artifact is None or ctx.config.kl_sequences == 0:
-        return None
-    cache, model = TeacherCache(cache_artifact.path), ctx.inputs["model"]
-    assert model is not None
-    require_cache_of(model.path, cache.meta, f"stages.{ctx.id}.teacher")
-    count = min(ctx.config.kl_sequences, cache.size("tune"))
-    tokens = cache.batch(numpy.arange(count), "tune").tokens.numpy()
-    teacher = load_model(find_teacher(cache_artifact, ctx.inputs.get("teacher_model")), device=device)
-
-    def measure(model: Any) -> float:
-        return evaluate_model(model, teacher, tokens, device=device, progress=ctx.progress)["kl"]
-
-    return measure

@@ -11,6 +11,7 @@ from a1q.engine.artifact import Artifact
 from a1q.engine.stage import Outcome, PlanContext, Stage, StageContext
 from a1q.models.view import ModelView
 from a1q.quant.bits import bpw, bpw_model
+from a1q.quant.forms import check_form, form_bytes, form_note, set_form
 
 OWN = ("ppl", "bpw", "bpw_model")
 """Metrics of the model alone."""
@@ -28,6 +29,7 @@ class EvalConfig:
     sequences: int
     batch: int
     gate: Mapping[str, Mapping[str, float]]
+    form: str
 
 
 class EvalStage(Stage):
@@ -44,6 +46,7 @@ class EvalStage(Stage):
                 ctx.recipe_problem(f"gate.{name}", message, "name the `kd` stage: `against: ID`")
         if view is None:
             return Outcome()
+        formed = check_form(ctx, config.form, view.modules)
         bits = _bits_per_weight(view)
         length = ctx.data[config.data].config["seq_len"]
         models = 1 if config.against is None else 2
@@ -51,10 +54,12 @@ class EvalStage(Stage):
         return Outcome(
             view={"metrics": [*OWN, *(COMPARED if config.against else ())]},
             disk_bytes=4096,
-            memory_bytes=4 * (models * view.parameters + logits),
+            memory_bytes=4 * (models * view.parameters + logits)
+            + form_bytes(config.form, formed.values(), config.batch * length, trains=False),
             notes=(
                 f"{config.sequences} sequences of {length} tokens",
                 ", ".join(f"{name} {value:.3f}" for name, value in bits.items()),
+                *form_note(config.form, formed),
                 *(f"this gate will fail: {text}" for text in failed_gates(config.gate, bits).values()),
             ),
         )
@@ -65,6 +70,7 @@ class EvalStage(Stage):
         from a1q.distill.evaluate import evaluate_model
         from a1q.models.checkpoint import load_model
         from a1q.models.view import read_view
+        from a1q.quant.module import quantized_modules
         from a1q.training.device import prepare_torch
 
         device = prepare_torch(ctx.runtime, ctx.seed)
@@ -73,8 +79,10 @@ class EvalStage(Stage):
         teacher = _load_teacher(ctx, model, device)
         length = entry.config["seq_len"]
         tokens = token_sequences(entry.config, model.path, "test", length, config.sequences, ctx.seed)
+        student = load_model(model.path, device=device)
+        set_form(config.form, (module for _, module in quantized_modules(student)))
         found = evaluate_model(
-            load_model(model.path, device=device),
+            student,
             teacher,
             tokens,
             batch_size=config.batch,

@@ -99,6 +99,7 @@ class LoraRecoverStage(Stage):
             view, kept = view.replace(changed), 4 * adapters  # once more as a PEFT folder
         else:
             kept = 0
+            view = view.replace({name: dataclasses.replace(item, snapped_sets=()) for name, item in targets.items()})
         # frozen quantized weights, kept for the backward pass; adapters with gradient, moments and best; the latents
         memory = 4 * view.parameters + 8 * weight_count(targets.values()) + 20 * adapters
         memory += online_bytes(view, config.objective, config.batch, ctx.views.get("teacher"))

@@ -11,7 +11,9 @@ from a1q.distill.losses import ASSISTANT
 from a1q.engine.stage import Outcome, PlanContext, Stage, StageContext
 from a1q.errors import MismatchError
 from a1q.quant.bits import disk_bytes
+from a1q.quant.forms import check_form, form_bytes, form_note, set_form
 from a1q.training.distillation import BatchConfig, Distillation, Objective, require_said
+from a1q.training.freezing import check_freeze, still_snapped
 from a1q.training.layers import LayerwiseConfig, planned_turns, turn_bytes, turns_note, turns_of
 from a1q.training.parameters import NORMS
 from a1q.training.planning import (
@@ -63,6 +65,8 @@ class TrainConfig:
     straight_through_fp16: bool
     recompute: bool
     layerwise: LayerwiseConfig | None
+    form: str
+    freeze: tuple[str, ...]
 
 
 class TrainStage(Stage):
@@ -93,6 +97,11 @@ class TrainStage(Stage):
         if not targets:
             return Outcome(view=view)
         count, weights = weight_count(targets.values()), "weights" in config.trainable
+        check_freeze(ctx, config.freeze, config.trainable, targets)
+        formed = check_form(ctx, config.form, targets)
+        if formed and weights:
+            message = f"`form: {config.form}` holds indices still, and weights train by moving them"
+            ctx.recipe_problem("form", message, "take weights out of `trainable`, or leave `form` out")
         trained = trained_count(targets.values(), config.trainable)
         if not trained and NORMS not in config.trainable:
             sets = ", ".join(config.trainable)
@@ -104,7 +113,17 @@ class TrainStage(Stage):
         memory += online_bytes(view, config.objective, config.batch, ctx.views.get("teacher"))
         memory += activation_bytes(view, config.batch, ctx.views.get("teacher"), config.recompute)
         steps = config.steps * (len(turns) or 1)
-        view = view.replace({name: dataclasses.replace(module, latent=weights) for name, module in targets.items()})
+        tokens = config.batch.sequences * (ctx.views.get("teacher") or {}).get("seq_len", 0)
+        memory += form_bytes(config.form, formed.values(), tokens, trains=True)
+        changed = {
+            name: dataclasses.replace(
+                module,
+                latent=weights,
+                snapped_sets=still_snapped(module.snapped_sets, config.trainable, config.freeze),
+            )
+            for name, module in targets.items()
+        }
+        view = view.replace(changed)
         return Outcome(
             view=view,
             disk_bytes=disk_bytes(view) * (1 + (steps // config.keep_every if config.keep_every else 0)),
@@ -112,6 +131,7 @@ class TrainStage(Stage):
             notes=(
                 f"trains {', '.join(config.trainable)} of {len(targets)} modules",
                 *listed(targets),
+                *form_note(config.form, formed),
                 *(turns_note(turns, config) if turns else [checkpoint_note(trained, config.ema is not None)]),
             ),
         )
@@ -164,6 +184,9 @@ class TrainStage(Stage):
                     module.start_latent()
         elif not weights and aside.keys() & chosen.keys():
             ctx.log("weights don't train here: latents are dropped, indices stay as they are")
+        for module in chosen.values():
+            module.snapped_sets = still_snapped(module.snapped_sets, config.trainable, config.freeze)
+        set_form(config.form, chosen.values())
         objective = Distillation(
             model,
             cache,
@@ -193,7 +216,8 @@ class TrainStage(Stage):
             if config.layerwise:
                 result = train_layers(ctx, turns, objective, aside, kept.keep, identity)
             else:
-                groups, state = parameter_groups(model, chosen.values(), config.trainable, vars(config.lr))
+                rates = vars(config.lr)
+                groups, state = parameter_groups(model, chosen.values(), config.trainable, rates, freeze=config.freeze)
                 together = objective.over(ctx.world, ctx.smoke, state, latents(state) if split else ())
                 groups, state = together.moved(groups, state)
                 result = run_loop(

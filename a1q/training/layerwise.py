@@ -172,7 +172,9 @@ class _Layerwise:
             for name, module in turn.modules.items():
                 module.start_latent(self.aside.pop(name, None))
         modules = turn.modules.values()
-        return parameter_groups(self.objective.model, modules, config.trainable, vars(config.lr), f"{turn.name}.")
+        return parameter_groups(
+            self.objective.model, modules, config.trainable, vars(config.lr), f"{turn.name}.", config.freeze
+        )
 
     def _end(self, turn: Turn) -> None:
         """Fix the layer's indices, which spares every later turn their derivation from latents."""

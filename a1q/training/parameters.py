@@ -36,6 +36,7 @@ def parameter_groups(
     sets: Iterable[str],
     rates: Mapping[str, float],
     inside: str = "",
+    freeze: Iterable[str] = (),
 ) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
     """Freeze `model` but for the named sets of `modules`.
 
@@ -46,6 +47,7 @@ def parameter_groups(
     Args:
         rates: set name -> learning rate in such units.
         inside: what the names of gains that train begin with.
+        freeze: sets whose parameters stand still, also as part of another set.
 
     Returns:
         The optimizer's groups, one per parameter, and the trained parameters by name.
@@ -57,6 +59,7 @@ def parameter_groups(
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     modules = list(modules)
     units = {id(module.latent): level_distance(module) for module in modules if module.latent is not None}
+    held = {id(parameter) for module in modules for name in freeze for parameter in module.trainable(name)}
     groups: list[dict[str, Any]] = []
     state: dict[str, Tensor] = {}
     for set_name in sets:
@@ -65,7 +68,7 @@ def parameter_groups(
             found = [item for name, item in named if item.ndim == 1 and "norm" in name]
         else:
             found = [parameter for module in modules for parameter in module.trainable(set_name)]
-        new = [parameter for parameter in found if names[id(parameter)] not in state]
+        new = [item for item in found if names[id(item)] not in state and id(item) not in held]
         state |= {names[id(parameter)]: parameter.requires_grad_(True) for parameter in new}
         for parameter in new:
             rate = rates[set_name] * units.get(id(parameter), rms(parameter))

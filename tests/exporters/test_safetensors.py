@@ -103,16 +103,16 @@ def test_a_weight_beyond_fp16_is_named(dense_folder, tmp_path):
 
 
 def test_a_folder_that_computes_something_else_fails(snapped, dense_folder, tmp_path, monkeypatch):
-    from a1q.exporters import safetensors
+    from a1q.models import baked
 
-    honest = safetensors._fp16_state
+    honest = baked.fp16_state
 
     def broken(*arguments):
         state = honest(*arguments)
         state["model.layers.0.mlp.up_proj.weight"].neg_()
         return state
 
-    monkeypatch.setattr(safetensors, "_fp16_state", broken)
+    monkeypatch.setattr(baked, "fp16_state", broken)
     artifact = save(snapped, tmp_path / "model", dense_folder)
     with pytest.raises(StageError, match="computes other logits"):
         SafetensorsExporter().export(artifact, CONFIG, context(tmp_path / "out"))

@@ -85,6 +85,48 @@ def test_what_has_no_published_conversion_is_not_compared(built: dict[str, Artif
     assert "no KL to compare" in problems(kl_sequences=0)[0]
 
 
+@pytest.mark.parametrize("method", ["exact", "published"])
+def test_from_v1_to_v2(tmp_path: Path, built: dict[str, Artifact], method: str) -> None:
+    """Exact keeps every bit of every weight and so the KL; as published, indices are derived anew."""
+    options = {"rules": {"mlp": {}, "attn": {}}, "method": method, "kl_sequences": 12}
+    outcome, problems = plan("convert", {"model": view_of(built["model"])}, options)
+    assert problems == []
+    made, ctx = run("convert", tmp_path, {"model": built["model"], "teacher": built["teacher"]}, options)
+    assert view_of(made).modules == outcome.view.modules
+    before, after = (dict(quantized_modules(load_model(item.path))) for item in (built["model"], made))
+    same = [torch.equal(before[name].dequantize(), after[name].dequantize()) for name in before]
+    assert all(torch.equal(before[name].lut, after[name].lut) for name in before)
+    metrics = ctx.metrics
+    if method == "exact":
+        assert all(same) and metrics["kl_after"] == metrics["kl_before"]
+        assert metrics["error_after"] == metrics["error_before"]
+        assert all(torch.equal(before[name].latent, after[name].latent) for name in before)
+        assert all(0.5 <= float(module.a.detach().norm()) <= 2 for module in after.values())  # rank 1
+    else:
+        assert not any(same) and abs(metrics["kl_after"] / metrics["kl_before"] - 1) > 1e-3
+        module = after[UP]
+        ratio = before[UP].latent / (before[UP].a * before[UP].g @ before[UP].b)
+        assert torch.equal(module.indices.long(), (ratio[..., None] - module.lut).abs().argmin(-1))
+
+
+def test_what_an_exact_conversion_cannot_do_is_said(tmp_path: Path, built: dict[str, Artifact]) -> None:
+    def first(model: Artifact, **options: object) -> tuple[str, str, str, bool]:
+        _, problems = plan("convert", {"model": view_of(model)}, {"method": "exact", **options})
+        assert len(problems) == 1
+        return problems[0]
+
+    path, message, hint, _ = first(built["model"], rules={"mlp": {"bits": 2}})
+    assert (path, hint) == ("rules.mlp", "leave the rule empty: `{}`")
+    assert "changes neither bits nor rank" in message
+    flat = build(tmp_path / "flat", spec={"scheme": "lut", "bits": 2})["model"]
+    assert "schemes have none" in first(flat, rules={"mlp": {}})[1]
+    model = load_model(built["model"].path)
+    model.get_submodule(UP).set_adapter(torch.ones(1, 64), torch.ones(96, 1), 1.0)
+    (tmp_path / "adapted").mkdir()
+    save_model(model, tmp_path / "adapted")
+    assert "unmerged adapter" in first(Artifact("model", tmp_path / "adapted", ""), rules={"mlp": {}})[1]
+
+
 def test_target_quantized_fits_the_grid_values(tmp_path: Path, built: dict[str, Artifact]) -> None:
     options = {"rules": {"mlp": {"bits": 2}}, "target": "quantized"}
     made, ctx = run("convert", tmp_path, {"model": built["model"]}, options)
