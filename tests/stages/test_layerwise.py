@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from a1q.engine.artifact import Artifact
-from a1q.engine.stage import PlanContext, StageContext
+from a1q.engine.stage import Group, PlanContext, StageContext
 from a1q.errors import Interrupted
 from a1q.models.checkpoint import load_model
 from a1q.models.view import ModelView, ModuleView
@@ -116,8 +116,6 @@ def test_held_out_divergence_falls_from_turn_to_turn(tmp_path: Path, inputs: dic
 
 def test_the_first_turn_is_training_that_layer_alone(tmp_path: Path, inputs: dict[str, Artifact]) -> None:
     """With one layer chosen it's the same as a group that names its modules, bit for bit; all else stays as it was."""
-    from a1q.engine.stage import Group
-
     options: dict[str, Any] = {"keep": "last", "steps": 4, "trainable": ["weights", "scales", "lut"]}
     turn = train(tmp_path / "turn", inputs, layerwise={"layers": [1, 1]}, groups=["mlp"], **options)
     alone = context(tmp_path / "alone", inputs, layerwise=None, groups=["last"], **options)
@@ -303,3 +301,128 @@ def test_models_on_the_way_are_kept_by_the_steps_of_all_turns(tmp_path: Path, in
         found = read_tensors(ctx.out / "steps" / name)
         assert found.keys() == end.keys(), "latents too, of layers before and behind"
         assert {item.split(".")[2] for item in changed(read_tensors(inputs["model"].path), found)} == layers
+
+
+# -- plan --------------------------------------------------------------------------------------------------
+def view(layers: int = 3, **changes: Any) -> ModelView:
+    """Two quantized linears in each of some layers, and a quantized embedding."""
+    scheme = {"scheme": "lut_lowrank", "bits": 2, "rank": 1}
+    names = [f"model.layers.{layer}.{kind}" for layer in range(layers) for kind in ("mlp.up_proj", "self_attn.q_proj")]
+    modules = {name: ModuleView(name, (96, 64), state="quantized", scheme=scheme) for name in names}
+    table = {"scheme": "lut", "bits": 4, "granularity": "tensor"}
+    modules["model.embed_tokens"] = ModuleView("model.embed_tokens", (320, 64), "embedding", "quantized", table)
+    return ModelView(
+        {**modules, **changes}, 80_000, {"vocab_size": 320, "hidden_size": 64, "num_hidden_layers": layers}
+    )
+
+
+def plan(model: ModelView, **options: Any) -> tuple[Any, list[tuple[str, ...]]]:
+    problems: list[tuple[str, ...]] = []
+
+    def report(path: str, message: str, hint: str, mismatch: bool) -> None:
+        problems.append((path, message, hint, "mismatch" if mismatch else "recipe"))
+
+    config = stage_config("train", {"objective": {"kd": "teacher"}, "layerwise": {}, **options})
+    views = {"model": model, "teacher": {"vocabulary": 320, "seq_len": 16, "random_negatives": 32}}
+    return TrainStage().plan(PlanContext("train", config, views, GROUPS, {}, report)), problems
+
+
+def test_plan_tells_the_turns_and_takes_one_layers_memory() -> None:
+    outcome, problems = plan(view())
+    together, _ = plan(view(), layerwise=None, groups=["linears"])
+    assert problems == []
+    assert "layer by layer: layers 0 to 2, 200 steps each" in outcome.notes
+    assert outcome.notes[0] == "trains weights, scales, lut of 6 modules", "the embedding stands still"
+    weights = 96 * 64
+    assert together.memory_bytes - outcome.memory_bytes == 28 * 6 * weights - (28 * 2 + 4 * 6) * weights
+    assert {name for name, module in outcome.view.modules.items() if not module.latent} == {"model.embed_tokens"}
+    some, problems = plan(view(), layerwise={"layers": [1, 1]}, trainable=["scales"], steps=10, keep_every=5)
+    assert problems == [] and "layer by layer: layer 1, 10 steps each" in some.notes
+    once, _ = plan(view(), layerwise={"layers": [1, 1]}, trainable=["scales"], steps=10)
+    assert some.disk_bytes == 3 * once.disk_bytes
+    both, _ = plan(view(), layerwise={"layers": [0, 1]}, trainable=["scales"], steps=10, keep_every=5)
+    assert both.disk_bytes == 5 * once.disk_bytes
+
+
+@pytest.fixture(autouse=True)
+def linears(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(GROUPS, "linears", Group("linears", r"model\.layers\.\d+\..*_proj"))
+    monkeypatch.setitem(GROUPS, "one", Group("one", r"model\.layers\.1\..*_proj"))
+
+
+@pytest.mark.parametrize(
+    ("options", "path", "message", "hint"),
+    [
+        ({"groups": ["linears", "head"]}, "groups", "model.embed_tokens: in no decoder layer", "leave it out here"),
+        ({"layerwise": {"layers": [1, 3]}}, "layerwise.layers", "layer 3 is outside the model: its 3 layers are 0 to 2",
+         "`layers: [1, 2]`"),
+        ({"layerwise": {"layers": [7, 9]}}, "layerwise.layers", "layer 9 is outside the model", "`layers: [2, 2]`"),
+        ({"layerwise": {"layers": [2, 1]}}, "layerwise.layers", "the first layer, 2, is behind the last, 1",
+         "`layers: [1, 2]`"),
+        ({"layerwise": {"layers": [0, 0]}, "groups": ["one"]}, "layerwise.layers", "is in the layers 0 to 0",
+         "they are in layer 1"),
+    ],
+)  # fmt: skip
+def test_plan_refuses_layers_that_are_not_there(options: dict[str, Any], path: str, message: str, hint: str) -> None:
+    _, [problem] = plan(view(), **options)
+    assert problem[0] == path and message in problem[1] and hint in problem[2] and problem[3] == "recipe"
+
+
+def test_plan_refuses_a_model_without_quantized_layers() -> None:
+    only = view(0)
+    _, problems = plan(dataclasses.replace(only, config={**only.config, "num_hidden_layers": 2}))
+    assert [problem[0] for problem in problems] == ["layerwise"]
+
+
+def test_layers_with_nothing_to_train_have_no_turn() -> None:
+    """In the second layer tables are fixed."""
+    fixed = {"scheme": "lut_lowrank", "bits": 2, "rank": 1, "lut": "fixed"}
+    names = [f"model.layers.1.{kind}" for kind in ("mlp.up_proj", "self_attn.q_proj")]
+    changes = {name: ModuleView(name, (96, 64), state="quantized", scheme=fixed) for name in names}
+    outcome, problems = plan(view(**changes), trainable=["lut"])
+    assert problems == [] and "layer by layer: layers 0, 2, 200 steps each" in outcome.notes
+    assert any("layers 0 to 2" in note for note in plan(view(**changes), trainable=["lut", "norms"])[0].notes)
+    _, [problem] = plan(view(**changes), trainable=["lut"], groups=["one"])
+    assert problem[:2] == ("trainable", "there is nothing to train: these modules' schemes have no lut")
+
+
+def test_names_say_the_layer_that_the_model_has() -> None:
+    """In every family, what planning reads off the names is where the module is."""
+    from a1q.models.blocks import decoder_layers
+    from a1q.training.layers import layer_of
+    from tests.tiny import FAMILIES, tiny_family
+
+    for family in FAMILIES:
+        model = tiny_family(family)
+        layers = decoder_layers(model)[0]
+        for name, module in model.named_modules():
+            if isinstance(module, torch.nn.Linear):
+                within = [index for index, layer in enumerate(layers) if name.startswith(f"{layer}.")]
+                assert [layer_of(name)] == (within or [None]), name
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ("layerwise: {}", "layerwise: {layers: [2, 4]}", "layer 4 is outside the model: its 4 layers are 0 to 3"),
+        ("groups: [mlp, attn]", "groups: [embed]", "model.embed_tokens: in no decoder layer"),
+        ("layerwise: {}", "layerwise: {layers: [0]}", "layers"),
+        ("layerwise: {}", "layerwise: {layer: [0, 1]}", "did you mean 'layers'?"),
+    ],
+)
+def test_a_wrong_recipe_is_shown_at_its_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: str, new: str, told: str
+) -> None:
+    from a1q.recipe import shipped_recipes
+    from tests.cli.support import a1q
+    from tests.recipe.fakes import header_model
+
+    monkeypatch.setenv("A1Q_HOME", str(tmp_path / "home"))
+    text = Path(shipped_recipes()["layerwise"]).read_text(encoding="utf-8")
+    text = text.replace("builtin:pico", str(header_model(tmp_path / "model", layers=4)))
+    file = tmp_path / "mine.yaml"
+    file.write_text(text.replace(old, new, 1), encoding="utf-8")
+    line = file.read_text(encoding="utf-8").splitlines().index(next(x for x in file.open() if new in x).rstrip()) + 1
+    done = a1q("plan", file)
+    assert done.exit_code == 2, done.output
+    assert f"mine.yaml:{line}:" in done.output and told in done.output and "Traceback" not in done.output
