@@ -96,6 +96,10 @@ def recompute_layers(model: Any) -> None:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
     else:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    if hasattr(model, "_require_grads_hook"):
+        # It lets embeddings require a gradient, for re-entrant checkpoints: layers below all that trains would be
+        # computed again too.
+        model.disable_input_require_grads()
 
 
 def machine_identity(runtime: Runtime) -> dict[str, str | int]:

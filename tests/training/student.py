@@ -1,6 +1,6 @@
 """A tiny quantized student and its teacher's cache, and contexts for the stages that train.
 
-`python -m tests.training.student FOLDER STAGE STEP` runs a stage on them and dies at that step of its last loop.
+`python -m tests.training.student FOLDER STAGE LOOP STEP` runs a stage on them and dies at that step of the loop LOOP.
 """
 
 from __future__ import annotations
@@ -133,11 +133,15 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
-KILLED = {"train": {"steps": 8}, "lora_recover": {"steps": 6, "refit_steps": 5, "rank": 2, "dropout": 0.1}}
+KILLED = {
+    "train": {"steps": 8},
+    "layerwise": {"steps": 4, "layerwise": {}},
+    "lora_recover": {"steps": 6, "refit_steps": 5, "rank": 2, "dropout": 0.1},
+}
 """Options of the stages that are killed in tests."""
 
 
-def main(folder: str, stage: str, loop: str, step: str) -> None:
+def main(folder: str, stage: str, loop: str, step: str, options: str | None = None) -> None:
     """Checkpoint every second step and die, as by `kill -9`, when the loop named `loop` has done `step` steps."""
     import a1q.training.loop as loop_module
 
@@ -145,7 +149,7 @@ def main(folder: str, stage: str, loop: str, step: str) -> None:
         "model": Artifact("model", Path(folder, "quantized"), "m" * 64),
         "teacher": Artifact("teacher", Path(folder, "teacher"), "t" * 64),
     }
-    ctx = stage_context(stage, Path(folder, "killed"), inputs, **KILLED[stage])
+    ctx = stage_context(stage, Path(folder, "killed"), inputs, **KILLED[options or stage])
 
     def emit(kind: str, values: Mapping[str, Any]) -> None:
         here = (ctx.scratch / loop).exists()

@@ -81,6 +81,34 @@ def test_adapters_train_in_two_processes(tmp_path: Path, inputs: dict[str, Artif
     assert first["metrics"]["kl_refit"] == pytest.approx(alone["metrics"]["kl_refit"], rel=1e-2)
 
 
+@pytest.mark.parametrize("shard", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_layer_by_layer_as_in_one_process(tmp_path: Path, inputs: dict[str, Artifact], shard: bool) -> None:
+    """Each turn has its own hooks on gradients; with `shard` too, which has nothing to split there."""
+    objective = {"kd": "teacher", "online": True, "local": 1.0}
+    asked: dict[str, Any] = {"trainable": ["scales"], "steps": 4, "batch": {"sequences": 5}, "layerwise": {}}
+    asked["objective"] = objective
+    (alone,) = run(1, tmp_path / "one", inputs, **asked)
+    first, second = run(2, tmp_path / "two", inputs, shard=shard, **asked)
+    assert first["losses"] == second["losses"] and len(alone["losses"]) == 8
+    assert first["losses"] == pytest.approx(alone["losses"], abs=1e-5)
+    assert first["metrics"]["kl_after"] == pytest.approx(alone["metrics"]["kl_after"], rel=1e-4)
+    assert float((flat(first) - flat(alone)).norm()) <= 1e-6 * float(flat(alone).norm())
+
+
+@pytest.mark.slow
+def test_layer_by_layer_a_killed_process_ends_all_and_the_same_command_goes_on(
+    tmp_path: Path, inputs: dict[str, Artifact]
+) -> None:
+    asked: dict[str, Any] = {"steps": 4, "batch": {"sequences": 4}, "layerwise": {}}
+    whole = run(2, tmp_path / "whole", inputs, **asked)
+    codes = [item["code"] for item in run(2, tmp_path / "cut", inputs, dies=(1, 8), **asked)]
+    assert codes == [1, -9]
+    resumed = run(2, tmp_path / "cut", inputs, **asked)
+    assert resumed[0]["losses"] == whole[0]["losses"][7:]
+    ours, theirs = (read_tensors(tmp_path / name / "out") for name in ("cut", "whole"))
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+
+
 def test_shares_are_whole_and_even() -> None:
     for size in (2, 3, 5):
         shares = [share_of(range(7), World(rank, size)) for rank in range(size)]
