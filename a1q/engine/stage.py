@@ -18,7 +18,7 @@ The schema's `x-a1q` block::
 
 `at: from` is the stage's own `from` (default: the nearest earlier artifact of that kind; for `model`, the
 recipe's `model:` when there is none; with `"default": "source"` always the recipe's `model:`). Any other `at` is a
-dotted path to an option that holds a stage id, or for a `model` a `{source: ...}` mapping naming another one, or null
+dotted path to an option that holds a stage id, or for a `model` or `adapter` a `{source: ...}` mapping, or null
 where the input is optional (`"default": "nearest"` then takes the nearest earlier artifact of the kind if there is
 one). A mapping where another kind is optional stands for itself: `quantize: {rules: {mlp: ...}}` takes no artifact.
 """

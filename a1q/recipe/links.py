@@ -11,6 +11,8 @@ from a1q.recipe.paths import Path, suggest
 from a1q.recipe.recipe import Reference
 from a1q.recipe.schema import Finding
 
+SOURCES = ("model", "adapter")
+"""Artifact kinds that a `{source: ...}` mapping may name in a stage's options."""
 NO_MODEL = "the recipe has no `model:`"
 """Part of every finding that is owed to a missing model."""
 
@@ -78,7 +80,7 @@ def link_inputs(
             problem = _check(written, spec["kind"], path, around)
             inputs[name] = None if problem else written
             findings += [problem] if problem else []
-        elif isinstance(written, Mapping) and spec["kind"] == "model":
+        elif isinstance(written, Mapping) and spec["kind"] in SOURCES:
             inputs[name] = written
         else:
             inputs[name], missing = _default(name, spec, around)

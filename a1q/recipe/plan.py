@@ -99,6 +99,17 @@ class _Planner:
             self.refuse(path, error)
             return None
 
+    def adapter(self, written: Mapping[str, Any], path: Path) -> tuple[Artifact, Any] | None:
+        """An adapter's folder and what it holds; None if it can't be had, which is then a problem at `path`."""
+        from a1q.models.adapter_source import read_adapter_view, resolve_adapter
+
+        try:
+            artifact = resolve_adapter(written["source"])
+            return artifact, read_adapter_view(artifact.path)
+        except A1QError as error:
+            self.refuse(path, error)
+            return None
+
     def _read_model(self, source: str, revision: str | None) -> tuple[Artifact, ModelView]:
         from a1q.models.source import resolve_source
         from a1q.models.view import read_view
@@ -119,7 +130,8 @@ class _Planner:
         declared = self.registry.schema("stages", spec.type)["x-a1q"].get("inputs", {})
         for name, reference in spec.inputs.items():
             if isinstance(reference, Mapping):
-                found = self.model(reference, (*spec.path, *declared[name]["at"].split("."), "source"))
+                find_it = self.adapter if declared[name]["kind"] == "adapter" else self.model
+                found = find_it(reference, (*spec.path, *declared[name]["at"].split("."), "source"))
                 if found is None:
                     return None
                 inputs[name], views[name] = found

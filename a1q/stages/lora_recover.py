@@ -11,6 +11,7 @@ from a1q.distill.losses import ASSISTANT
 from a1q.engine.matching import summarize
 from a1q.engine.stage import Outcome, PlanContext, Stage, StageContext
 from a1q.errors import StageError
+from a1q.models.view import PREPARED
 from a1q.quant.bits import disk_bytes
 from a1q.quant.planning import check_statistics
 from a1q.training.distillation import BatchConfig, Distillation, Objective, require_said
@@ -28,6 +29,7 @@ from a1q.training.planning import (
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from a1q.models.view import ModuleView
     from a1q.quant.module import QuantModule
 
 
@@ -42,11 +44,14 @@ class LoraRecoverConfig:
     alpha: float | None
     dropout: float
     groups: tuple[str, ...] | None
+    start: str
+    adapter: Any
     merge: str
     steps: int
     lr: float
     refit_steps: int
     refit_lr: float
+    refit_weights: float | None
     batch: BatchConfig
     warmup: int
     schedule: str
@@ -62,8 +67,9 @@ class LoraRecoverConfig:
 class LoraRecoverStage(Stage):
     """Adapters are plain PEFT around the quantized linears, whose own parameters are frozen while gradients pass.
 
-    Metrics are held-out KL in nats per token: `kl_before`, `kl_adapter`, and for `merge: refit` `kl_merged`,
-    `kl_refit` and `kept`: `refit`, or `before` where the recovery did no good and the model stays as it was.
+    Metrics are held-out KL in nats per token: `kl_before`, `kl_start` of adapters that begin with something,
+    `kl_adapter`, and for `merge: refit` `kl_merged`, `kl_refit` and `kept`: `refit`, or `before` where the recovery did
+    no good and the model stays as it was.
     """
 
     version = 4
@@ -85,7 +91,7 @@ class LoraRecoverStage(Stage):
             ctx.mismatch("", "only embeddings are quantized here, and adapters are for linears", "quantize linears too")
         check_teacher(ctx, config.objective, view)
         check_batch(ctx, config.batch)
-        if config.merge == "refit":
+        if config.merge == "refit" or config.start == "error":
             check_statistics(ctx)
         if not targets:
             return Outcome(view=view)
@@ -93,15 +99,23 @@ class LoraRecoverStage(Stage):
         too_small = [name for name, module in targets.items() if config.rank > min(module.shape)]
         if too_small:
             ctx.mismatch("rank", f"rank {config.rank} is more than a side of {', '.join(summarize(too_small))}")
+        if config.adapter is not None:
+            _check_adapter(ctx, targets)
+        elif config.start == "error":
+            _check_dense(ctx, targets)
         adapters = config.rank * sum(rows + columns for rows, columns in sizes)
         if config.merge == "adapter":
             changed = {name: dataclasses.replace(item, adapter=config.rank) for name, item in targets.items()}
             view, kept = view.replace(changed), 4 * adapters  # once more as a PEFT folder
         else:
             kept = 0
-            view = view.replace({name: dataclasses.replace(item, snapped_sets=()) for name, item in targets.items()})
+            latent = {"latent": True} if config.refit_weights is not None else {}
+            changed = {name: dataclasses.replace(item, snapped_sets=(), **latent) for name, item in targets.items()}
+            view = view.replace(changed)
         # frozen quantized weights, kept for the backward pass; adapters with gradient, moments and best; the latents
         memory = 4 * view.parameters + 8 * weight_count(targets.values()) + 20 * adapters
+        if config.merge == "refit" and config.refit_weights is not None:
+            memory += 20 * weight_count(targets.values())
         memory += online_bytes(view, config.objective, config.batch, ctx.views.get("teacher"))
         memory += activation_bytes(view, config.batch, ctx.views.get("teacher"))
         return Outcome(
@@ -162,7 +176,7 @@ class LoraRecoverStage(Stage):
         identity = {"model": source.digest, "teacher": teacher.digest}
         smaller = f"`rank` from {config.rank} to {max(config.rank // 2, 1)}"
         with told_what_to_lower(config.batch.sequences, config.batch.accumulate, cache.seq_len, smaller):
-            _train_adapters(ctx, objective, chosen, identity)
+            _train_adapters(ctx, objective, chosen, identity, _start(ctx, chosen))
             helped = config.merge != "refit" or _refit(ctx, objective, chosen, latents, identity)
         if not ctx.world.leads:
             return
@@ -177,19 +191,88 @@ class LoraRecoverStage(Stage):
             save_peft_adapter(model, ctx.out / "adapter")
 
 
+def _check_dense(ctx: PlanContext, targets: Mapping[str, ModuleView]) -> None:
+    """Record why the model that the modules were quantized from isn't the one at hand."""
+    view, dense = ctx.views["model"], ctx.views.get("teacher_model")
+    if dense is None:
+        ctx.recipe_problem("start", "`start: error` asks what quantizing lost, and there is no model to compare with")
+        return
+    if list(dense.config.get(PREPARED, ())) != list(view.config.get(PREPARED, ())):
+        message = "`start: error` compares weights with the recipe's model, and `prepare` rewrote those here"
+        ctx.recipe_problem("start", message, "leave `start` out")
+        return
+    odd = [
+        name for name, item in targets.items() if name not in dense.modules or dense.modules[name].shape != item.shape
+    ]
+    if odd:
+        message = f"the model compared with has other shapes: {', '.join(summarize(odd))}"
+        ctx.mismatch("start", message, "`teacher_model` has to name the model that was quantized")
+
+
+def _check_adapter(ctx: PlanContext, targets: Mapping[str, ModuleView]) -> None:
+    """Record why the adapter that training goes on from doesn't fit these modules."""
+    config, found = ctx.config, ctx.views["adapter"]
+    if config.start != "random":
+        ctx.recipe_problem("start", "`adapter` says what adapters begin with; so does `start`", "leave one out")
+    more, less = [name for name in found if name not in targets], [name for name in targets if name not in found]
+    if more:
+        message = f"the adapter has {len(more)} modules that don't train here: {', '.join(summarize(more))}"
+        ctx.mismatch("adapter.source", message, "`groups` has to name those of the adapter")
+    if less:
+        message = f"the adapter has nothing for {len(less)} modules: {', '.join(summarize(less))}"
+        ctx.mismatch("adapter.source", message, "`groups` has to name those of the adapter")
+    both = {name: (found[name], item) for name, item in targets.items() if name in found}
+    wrong = [name for name, (adapter, item) in both.items() if adapter.shape != item.shape]
+    if wrong:
+        name = wrong[0]
+        message = f"the adapter of {', '.join(summarize(wrong))} has another shape"
+        ctx.mismatch("adapter.source", f"{message}: {both[name][0].shape}, and {name} has {both[name][1].shape}")
+    other = [name for name, (adapter, _) in both.items() if adapter.rank != config.rank]
+    if other and not wrong:
+        rank = both[other[0]][0].rank
+        message = f"`rank` is {config.rank}, and the adapter has {rank} in {', '.join(summarize(other))}"
+        ctx.mismatch("rank", message, f"put `rank: {rank}`" if len(other) == len(both) else "one rank for all")
+
+
+def _start(ctx: StageContext, chosen: Mapping[str, QuantModule]) -> dict[str, tuple[Tensor, Tensor]]:
+    """What the adapters begin with, by module; nothing where they begin at random."""
+    adapter = ctx.inputs.get("adapter")
+    if adapter is not None:
+        from a1q.models.adapter_source import read_adapter
+
+        return read_adapter(adapter.path)
+    if ctx.config.start != "error":
+        return {}
+    from a1q.models.checkpoint import load_model
+    from a1q.quant.statistics import read_statistics
+    from a1q.training.adapter_start import error_adapters
+
+    dense = ctx.inputs["teacher_model"]
+    assert dense is not None
+    statistics = read_statistics(ctx.inputs.get("statistics"), chosen)
+    return error_adapters(chosen, load_model(dense.path), statistics, ctx.config.rank)
+
+
 def _train_adapters(
-    ctx: StageContext, objective: Distillation, chosen: Mapping[str, QuantModule], identity: Mapping[str, Any]
+    ctx: StageContext,
+    objective: Distillation,
+    chosen: Mapping[str, QuantModule],
+    identity: Mapping[str, Any],
+    start: Mapping[str, tuple[Tensor, Tensor]],
 ) -> None:
     """Train adapters with PEFT and leave them in the modules' own slots."""
     import torch
 
-    from a1q.training.adapters import adapter_tensors, attach_adapters
+    from a1q.training.adapters import adapter_tensors, attach_adapters, fill_adapters
     from a1q.training.loop import LoopSpec, run_loop
 
     config = ctx.config
     alpha = float(config.alpha or config.rank)
     torch.manual_seed(ctx.seed)  # A starts at random
+    before = objective.evaluate() if start else None
     wrapped = attach_adapters(objective.model, chosen, config.rank, alpha, config.dropout)
+    if start:
+        fill_adapters(wrapped, start)
     state = {name: item for name, item in wrapped.named_parameters() if item.requires_grad}
     wrapped.train()
     result = run_loop(
@@ -207,11 +290,13 @@ def _train_adapters(
     for name, module in chosen.items():
         module.set_adapter(*trained[name], alpha)
     ctx.metrics.update(
-        kl_before=result.start_tune,
+        kl_before=result.start_tune if before is None else before,
         kl_adapter=result.last_tune if config.keep == "last" else result.best_tune,
         adapter_step=result.kept_step,
         tokens_per_second=result.tokens_per_second,
     )
+    if start:
+        ctx.metrics["kl_start"] = result.start_tune
 
 
 def _refit(
@@ -242,7 +327,7 @@ def _refit(
             inputs = statistics.inputs(name) if statistics else None
             starts["fit"][name] = fit_parts(module.scheme, target, inputs, ctx.seed)
         module.drop_adapter()
-        if name in latents:
+        if name in latents or config.refit_weights is not None:
             module.start_latent(target)
         ctx.progress(step, len(chosen))
 
@@ -261,6 +346,8 @@ def _refit(
     after = measured[best]
     if config.refit_steps:
         rates = {"scales": config.refit_lr, "lut": config.refit_lr}
+        if config.refit_weights is not None:
+            rates["weights"] = config.refit_weights
         groups, state = parameter_groups(objective.model, chosen.values(), rates, rates)
         objective.model.train()
         result = run_loop(

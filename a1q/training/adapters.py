@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,19 @@ def attach_adapters(model: nn.Module, names: Iterable[str], rank: int, alpha: fl
     with warnings.catch_warnings():  # PEFT reads an attribute that transformers has renamed
         warnings.simplefilter("ignore", FutureWarning)
         return get_peft_model(model, _lora_config(dict.fromkeys(names, (rank, alpha)), dropout))
+
+
+def fill_adapters(peft_model: Any, tensors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    """Let every wrapped linear begin with its B A [out, in], of A [rank, in] and B [out, rank], whatever its alpha."""
+    import torch
+    from peft.tuners.lora import LoraLayer
+
+    with torch.no_grad():
+        for name, layer in peft_model.get_base_model().named_modules():
+            if isinstance(layer, LoraLayer):
+                each = abs(layer.scaling[ADAPTER]) ** 0.5
+                for part, tensor in zip((layer.lora_A, layer.lora_B), tensors[name], strict=True):
+                    part[ADAPTER].weight.copy_(tensor / each)
 
 
 def adapter_tensors(peft_model: Any) -> dict[str, tuple[Tensor, Tensor]]:

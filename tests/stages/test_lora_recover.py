@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from a1q.distill.cache import TeacherCache
 from a1q.engine.artifact import Artifact
 from a1q.engine.stage import PlanContext, StageContext
 from a1q.errors import MismatchError
+from a1q.models.adapter_source import AdapterView, read_adapter_view, resolve_adapter
 from a1q.models.checkpoint import load_model
 from a1q.quant.calibration import measure_statistics
 from a1q.quant.linear import quantized_modules
@@ -184,7 +186,11 @@ def test_kill_9_and_resume_ends_with_the_same_bytes(tmp_path: Path) -> None:
 
 # -- plan ------------------------------------------------------------------------------------------------------------
 def plan(
-    states: dict[str, str], prepared: list[str] | None = None, chats: bool | None = None, **options: Any
+    states: dict[str, str],
+    prepared: list[str] | None = None,
+    chats: bool | None = None,
+    adapter_view: Any = None,
+    **options: Any,
 ) -> tuple[Any, list[tuple[str, str]]]:
     problems: list[tuple[str, str]] = []
     config = stage_config("lora_recover", {"objective": {"kd": "teacher"}, **options})
@@ -193,6 +199,7 @@ def plan(
         "teacher": {"vocabulary": 320, "seq_len": 16, "random_negatives": 32, "chats": chats},
     }
     views |= {} if prepared is None else {"statistics": {"prepared": prepared}}
+    views["adapter"] = adapter_view
     ctx = PlanContext("recover", config, views, GROUPS, {}, lambda path, message, *_: problems.append((path, message)))
     return LoraRecoverStage().plan(ctx), problems
 
@@ -264,3 +271,113 @@ def with_answers(folder: Path, inputs: dict[str, Artifact]) -> dict[str, Artifac
     (folder / "teacher.json").write_text(json.dumps(meta))
     teacher = inputs["teacher"]
     return {**inputs, "teacher": Artifact("teacher", folder, "c" * 64, teacher.meta)}
+
+
+def peft_folder(folder: Path, inputs: dict[str, Artifact], names: list[str], **changes: Any) -> Path:
+    """An adapter as plain PEFT writes it, of random values."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(4)
+    config = {"r": 4, "lora_alpha": 6, "alpha_pattern": {"up_proj": 3}, "target_modules": names, **changes}
+    base = AutoModelForCausalLM.from_pretrained(inputs["teacher_model"].path)
+    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **config))
+    model.save_pretrained(folder)
+    return folder
+
+
+MLP_NAMES = [f"model.layers.{layer}.mlp.{part}_proj" for layer in (0, 1) for part in ("gate", "up", "down")]
+
+
+@pytest.mark.parametrize("changes", [{}, {"use_rslora": True}])
+def test_an_adapter_of_peft_goes_on_where_it_was(
+    tmp_path: Path, inputs: dict[str, Artifact], changes: dict[str, Any]
+) -> None:
+    """Before a step it computes what PEFT computes; after some it is nearer to the teacher; and back again."""
+    from peft import PeftModel
+
+    folder = peft_folder(tmp_path / "adapter", inputs, MLP_NAMES, **changes)
+    known = {**inputs, "adapter": resolve_adapter(str(folder))}
+    options = {"merge": "adapter", "groups": ["mlp"], "adapter": {"source": str(folder)}, "alpha": 8}
+    here = recover(tmp_path / "here", known, **{**options, "steps": 1, "lr": 1e-12, "keep": "last"})
+    with torch.no_grad():
+        plain = tiny_model()
+        for name, module in quantized_modules(load_model(here.out)):
+            plain.get_submodule(name).weight.copy_(module.weight)
+    torch.testing.assert_close(
+        logits(load_model(here.out)), logits(PeftModel.from_pretrained(plain, folder).eval()), rtol=1e-4, atol=1e-4
+    )
+    on = recover(tmp_path / "on", known, **options, lr=1e-2)
+    assert on.metrics["kl_start"] == here.metrics["kl_start"] != on.metrics["kl_before"]
+    assert on.metrics["kl_adapter"] < on.metrics["kl_start"]
+    written = read_adapter_view(on.out / "adapter")
+    assert set(written) == set(MLP_NAMES) and {view.scale for view in written.values()} == {2.0}
+
+
+@pytest.mark.parametrize(
+    ("gate", "up", "options", "where", "reason"),
+    [
+        ((4, (96, 64)), None, {}, "adapter.source", r"nothing for 1 modules: model\.layers\.0\.mlp\.up_proj"),
+        ((4, (96, 64)), (4, (64, 96)), {}, "adapter.source", r"up_proj has another shape: \(64, 96\)"),
+        ((4, (96, 64)), (2, (96, 64)), {}, "rank", r"`rank` is 4, and the adapter has 2 in model\.layers\.0\.mlp\.up"),
+        ((4, (96, 64)), (4, (96, 64)), {"start": "error"}, "start", "so does `start`"),
+    ],
+)
+def test_adapters_that_do_not_fit_are_named(
+    gate: Any, up: Any, options: dict[str, Any], where: str, reason: str
+) -> None:
+    given = {"gate": gate, "up": up}
+    known = {f"model.layers.0.mlp.{name}_proj": AdapterView(*item, 1.0) for name, item in given.items() if item}
+    states = {"gate": "quantized", "up": "quantized"}
+    options = {"rank": 4, "adapter": {"source": "somewhere"}, **options}
+    _, problems = plan(states, adapter_view=known, **options)
+    assert problems[0][0] == where and re.search(reason, problems[0][1])
+    _, more = plan(
+        {"gate": "quantized"},
+        adapter_view={**known, "model.layers.9.mlp.up_proj": AdapterView(4, (96, 64), 1)},
+        **options,
+    )
+    assert any("don't train here" in message for _, message in more)
+
+
+def test_only_plain_lora_is_read(tmp_path: Path, inputs: dict[str, Artifact]) -> None:
+    for name, changes, reason in (
+        ("dora", {"use_dora": True}, "use_dora"),
+        ("head", {"modules_to_save": ["lm_head"]}, "modules_to_save"),
+    ):
+        folder = peft_folder(tmp_path / name, inputs, MLP_NAMES, **changes)
+        with pytest.raises(MismatchError, match=reason):
+            read_adapter_view(folder)
+    with pytest.raises(MismatchError, match=r"has no adapter_config\.json and no adapter_model\.safetensors"):
+        resolve_adapter(str(tmp_path))
+
+
+def test_adapters_that_begin_with_what_quantizing_lost(tmp_path: Path, inputs: dict[str, Artifact]) -> None:
+    """Of full rank they give the dense weights back; of a low one they begin nearer to the teacher."""
+    ctx = recover(tmp_path, inputs, start="error", merge="adapter", rank=16, lr=1e-3)
+    metrics = ctx.metrics
+    assert metrics["kl_adapter"] <= metrics["kl_start"] < metrics["kl_before"]
+    whole = recover(
+        tmp_path / "whole", inputs, start="error", merge="adapter", rank=64, steps=1, lr=1e-9, groups=["mlp"]
+    )
+    dense = tiny_model()
+    for name, module in quantized_modules(load_model(whole.out)):
+        if ".mlp." in name:
+            weight = module.weight + module.adapter_delta()
+            torch.testing.assert_close(weight, dense.get_submodule(name).weight, rtol=1e-3, atol=1e-3)
+
+
+def test_weights_may_train_after_a_merge(tmp_path: Path, inputs: dict[str, Artifact]) -> None:
+    from a1q.quant.module import QuantModule
+
+    options = {"lr": 1e-2, "refit_steps": 10}
+    still, moving = (
+        recover(tmp_path / name, inputs, **options, refit_weights=rate)
+        for name, rate in (("still", None), ("on", 0.03))
+    )
+    assert still.metrics["kl_merged"] == moving.metrics["kl_merged"]
+    assert moving.metrics["kl_refit"] < still.metrics["kl_refit"]
+    assert all(
+        isinstance(module, QuantModule) and module.latent is not None
+        for _, module in quantized_modules(load_model(moving.out))
+    )
