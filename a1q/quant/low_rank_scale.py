@@ -51,6 +51,10 @@ class LowRankScale(Scheme):
         own = {} if snapped else {"g": (rank,), "gain": (shape[0],)}
         return {"a": (shape[0], rank), **own, "b": (rank, shape[1])}
 
+    def numbers(self, lut: Tensor) -> Tensor:
+        """The numbers that the part `lut` stands for, in the shape in which they are snapped."""
+        return lut
+
     @abstractmethod
     def table(self, lut: Tensor) -> Tensor:
         """T [1, n], every number that `lut` holds."""
@@ -109,7 +113,7 @@ class LowRankScale(Scheme):
         from a1q.quant.straight_through import fold, rounded_through
 
         a, b = fold(parts["a"], parts["g"], parts["b"])
-        grid = {"lut": rounded_through(parts["lut"]), "a": rounded_through(a), "b": rounded_through(b)}
+        grid = {"lut": rounded_through(self.numbers(parts["lut"])), "a": rounded_through(a), "b": rounded_through(b)}
         return {**parts, **grid, "g": torch.ones_like(parts["g"])}
 
     def snap_scale(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -170,7 +170,7 @@ def _planned(ctx: PlanContext, view: ModelView, owners: Mapping[str, str]) -> di
         wanted = [(module, _merged(module.scheme or {}, rule), module.latent) for module in modules]
         if ctx.config.method == "published" and not all(_publishable(old.scheme or {}, new) for old, new, _ in wanted):
             message = f"`method: published` takes {PUBLISHED} to the same or fewer bits and the same or more ranks"
-            ctx.recipe_problem(path, message, "use `method: refit`")
+            ctx.recipe_problem(path, f"{message}, without symmetric tables", "use `method: refit`")
             continue
         if ctx.config.method == "exact" and (problem := _inexact(wanted)):
             ctx.recipe_problem(path, *problem)
@@ -188,7 +188,8 @@ def _merged(old: Mapping[str, Any], rule: Mapping[str, Any]) -> dict[str, Any]:
 
 def _publishable(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
     both = old["scheme"] == new["scheme"] == PUBLISHED
-    return both and new["bits"] <= old["bits"] and new["rank"] >= old["rank"]
+    free = "symmetric" not in (old.get("lut"), new.get("lut"))  # entries move one by one
+    return both and free and new["bits"] <= old["bits"] and new["rank"] >= old["rank"]
 
 
 def _check_compare(ctx: PlanContext, view: ModelView, changed: Mapping[str, ModuleView]) -> None:

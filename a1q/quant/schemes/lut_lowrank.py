@@ -1,6 +1,7 @@
 """Look-up table times low-rank scale: Ŵ = LUT[idx] ⊙ (A diag(g) B).
 
-Parts: `indices` uint8 [out, in], `lut` [2**bits] ascending, and those of `a1q.quant.low_rank_scale`. Fits by `als` make
+Parts: `indices` uint8 [out, in], `lut` [2**bits] ascending (half as many increments of a symmetric one that still
+trains, `a1q.quant.symmetric`), and those of `a1q.quant.low_rank_scale`. Fits by `als` make
 rows of Ŵ larger by `gain` than least squares would (`a1q.quant.lowrank.unit_gain`), with the indices of the unscaled
 grid.
 """
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from a1q.quant.importance import Inputs
+    from a1q.quant.lowrank import Fit
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class LutLowrank(LowRankScale):
 
     def __init__(self, config: LutLowrankConfig):
         super().__init__(config)
-        learned = {"lut": ("lut",)} if config.lut == "learned" else {}
+        learned = {"lut": ("lut",)} if config.lut != "fixed" else {}
         self.trainable = {"scales": SCALES, "magnitudes": ("g",), **learned}
 
     def bits(self, shape: Shape) -> int:
@@ -48,38 +50,55 @@ class LutLowrank(LowRankScale):
         return self.config.bits * rows * columns + 16 * 2**self.config.bits + self.scale_bits(shape)
 
     def part_shapes(self, shape: Shape, snapped: bool = False) -> dict[str, tuple[int, ...]]:
-        return {"lut": (2**self.config.bits,), **self.scale_shapes(shape, snapped)}
+        half = self.config.lut == "symmetric" and not snapped
+        return {"lut": (2 ** (self.config.bits - half),), **self.scale_shapes(shape, snapped)}
 
     def fit(self, weight: Tensor, inputs: Inputs | None, seed: int) -> dict[str, Tensor]:
         from a1q.quant import lowrank
         from a1q.quant.adjustable import LowRankState
         from a1q.quant.importance import importance_of, row_importance_of
+        from a1q.quant.symmetric import make_symmetric
 
         config = self.config
         weight = weight.detach().float()
         if config.fit == "absmax_svd":
             fit = lowrank.absmax_svd(weight, config.bits, config.rank, config.group_size)
-            return self.parts_of(fit, weight)
+            return self._told(fit, weight)
         importance = importance_of(weight, inputs)
         rows = row_importance_of(weight, inputs)
-        learned = config.lut == "learned"
+        learned = config.lut != "fixed"
         stall = lowrank.START_STALL if config.feeds_back(inputs) else lowrank.STALL
         fit = lowrank.als(weight, importance, config.bits, config.rank, learned, config.rounds, rows=rows, stall=stall)
+        if config.lut == "symmetric":
+            make_symmetric(fit, weight, importance, rows)
         found = config.feed_back(
             weight,
             inputs,
             fit.indices,
-            lambda target, spread: LowRankState(target, fit.lut, fit.a * spread, fit.b, learned),
+            lambda target, spread: LowRankState(target, fit.lut, fit.a * spread, fit.b, config.lut == "learned"),
         )
         if found is None:
             gain = lowrank.unit_gain(fit, weight, importance)
             fit.a = fit.a * gain[:, None]
-            return self.parts_of(fit, weight, gain)
+            return self._told(fit, weight, gain)
         state, codes = found
-        return self.parts_of(lowrank.Fit(codes, state.lut, state.a, state.b), None)
+        return self._told(lowrank.Fit(codes, state.lut, state.a, state.b), None)
+
+    def _told(self, fit: Fit, weight: Tensor | None, gain: Tensor | None = None) -> dict[str, Tensor]:
+        """`parts_of` of a fit whose `lut` holds the entries themselves."""
+        from a1q.quant.symmetric import increments_of
+
+        if self.config.lut == "symmetric":
+            fit.lut = increments_of(fit.lut)
+        return self.parts_of(fit, weight, gain)
+
+    def numbers(self, lut: Tensor) -> Tensor:
+        from a1q.quant.symmetric import entries_of
+
+        return lut if len(lut) == 2**self.config.bits else entries_of(lut)
 
     def table(self, lut: Tensor) -> Tensor:
-        return lut[None]
+        return self.numbers(lut)[None]
 
     def places(self, indices: Tensor) -> Tensor:
         return indices
@@ -95,7 +114,7 @@ class LutLowrank(LowRankScale):
     def snap(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         from a1q.quant.grid import snap_lut
 
-        indices, lut = snap_lut(parts["indices"], parts["lut"][None])
+        indices, lut = snap_lut(parts["indices"], self.table(parts["lut"]))
         return {"indices": indices, "lut": lut[0], **self.snap_scale(parts)}
 
     def select_rows(self, parts: Mapping[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
