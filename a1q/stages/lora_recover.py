@@ -109,8 +109,11 @@ class LoraRecoverStage(Stage):
             view, kept = view.replace(changed), 4 * adapters  # once more as a PEFT folder
         else:
             kept = 0
-            latent = {"latent": True} if config.refit_weights is not None else {}
-            changed = {name: dataclasses.replace(item, snapped_sets=(), **latent) for name, item in targets.items()}
+            weights = config.refit_weights is not None
+            changed = {
+                name: dataclasses.replace(item, snapped_sets=(), latent=item.latent or weights)
+                for name, item in targets.items()
+            }
             view = view.replace(changed)
         # frozen quantized weights, kept for the backward pass; adapters with gradient, moments and best; the latents
         memory = 4 * view.parameters + 8 * weight_count(targets.values()) + 20 * adapters
