@@ -81,6 +81,38 @@ WORKFLOWS = (
         ),
         target=0.7,
     ),
+    Workflow(
+        "v1_to_v2",
+        (
+            Factor("start", ("stages.start.rules.mlp.fit=absmax_svd", "stages.start.rules.attn.fit=absmax_svd")),
+            Factor("conversion", ("stages.v2.method=published",)),
+            loss({"v1": WEIGHTS, "v2_train": FACTORED}),
+        ),
+        target=0.7,
+    ),
+    Workflow(
+        "v2_scratch",
+        (
+            Factor("start", ("stages.start.rules.mlp.fit=absmax_svd", "stages.start.rules.attn.fit=absmax_svd")),
+            Factor("what trains", ("stages.v2.trainable=[scales]",)),
+            loss({"v2": FACTORED}),
+        ),
+    ),
+    Workflow(
+        "layerwise",
+        (Factor("start", ("stages.q2a4.rules.mlp.fit=absmax_svd", "stages.q2a4.rules.attn.fit=absmax_svd")),),
+    ),
+    Workflow(
+        "progressive",
+        (Factor("start", ("stages.q2a4.rules.mlp.fit=absmax_svd", "stages.q2a4.rules.attn.fit=absmax_svd")),),
+    ),
+    Workflow(
+        "apple_2bit",
+        (
+            Factor("start", ("stages.q2.rules.linears.fit=percentile",)),
+            Factor("loss", ("stages.qat.objective={kd: teacher, kl: 0, hard_full: 1}",)),
+        ),
+    ),
 )
 
 
