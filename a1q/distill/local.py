@@ -13,22 +13,24 @@ if TYPE_CHECKING:
 def relative_error(
     found: Tensor, wanted: Tensor, size: float | Tensor | None = None, root: Tensor | None = None
 ) -> Tensor:
-    """Mean over positions of δᵀ M δ, δ = found - wanted, over `size`; computed in float32, or float64 of such states.
+    """Mean over positions of δᵀ M δ over `size`, δ = found - wanted; computed in float32, or float64 of such states.
+
+    With a size for each position, too, it is a mean over positions: however many of them a batch or a process has.
 
     Args:
         found: [..., H]; gets the gradient.
         wanted: [..., H].
-        size: what the error is relative to; None for the mean of wᵀ M w, w = `wanted`.
+        size: what the error is relative to; None for each position's own wᵀ M w, w = `wanted`.
         root: R [H, H] with M = R Rᵀ; None for M = 1.
     """
     import torch
 
     kind = torch.float64 if found.dtype == torch.float64 else torch.float32
     wanted = wanted.to(found.device, kind)
-    error = _mean_square(found.to(kind) - wanted, root)
-    if size is None:
-        size = _mean_square(wanted, root).clamp_min(torch.finfo(kind).tiny)
-    return error / size
+    error = _squares(found.to(kind) - wanted, root)
+    if size is not None:
+        return error.mean() / size
+    return (error / _squares(wanted, root).clamp_min(torch.finfo(kind).tiny)).mean()
 
 
 def local_loss(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
@@ -62,5 +64,5 @@ def layer_outputs(model: Any, wanted: bool = True, only: int | None = None) -> I
             hook.remove()
 
 
-def _mean_square(states: Tensor, root: Tensor | None) -> Tensor:
-    return (states if root is None else states @ root).square().sum(-1).mean()
+def _squares(states: Tensor, root: Tensor | None) -> Tensor:
+    return (states if root is None else states @ root).square().sum(-1)

@@ -72,7 +72,7 @@ class LoraRecoverStage(Stage):
     no good and the model stays as it was.
     """
 
-    version = 4
+    version = 5
     parallel = True
     Config = LoraRecoverConfig
 

@@ -79,7 +79,7 @@ class TrainStage(Stage):
     With `layerwise` the decoder layers train one after the other (`a1q.training.layerwise`).
     """
 
-    version = 4
+    version = 5
     parallel = True
     Config = TrainConfig
 

@@ -15,8 +15,9 @@ def test_relative_error_and_its_gradient():
     difference = found - wanted
     expected = torch.einsum("bli,ij,blj->bl", difference, matrix, difference).mean() / 0.3
     torch.testing.assert_close(relative_error(found, wanted, 0.3, root), expected)
-    own = torch.einsum("bli,ij,blj->bl", wanted, matrix, wanted).mean()
-    ours, theirs = relative_error(found, wanted, root=root), expected * 0.3 / own
+    own = torch.einsum("bli,ij,blj->bl", wanted, matrix, wanted)
+    each = torch.einsum("bli,ij,blj->bl", difference, matrix, difference)
+    ours, theirs = relative_error(found, wanted, root=root), (each / own).mean()
     torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(*(torch.autograd.grad(loss, found)[0] for loss in (ours, theirs)))
 
@@ -27,6 +28,12 @@ def test_it_is_free_of_scale_and_one_for_a_student_that_says_nothing():
     assert relative_error(torch.zeros_like(wanted), wanted).item() == pytest.approx(1)
     assert relative_error(wanted, wanted).item() == 0
     assert torch.isfinite(relative_error(torch.zeros(1, 2, 3), torch.zeros(1, 2, 3)))
+
+
+def test_parts_of_a_batch_have_the_mean_of_the_whole():
+    found, wanted = states(0, 5, 4, 6), 10 ** states(2, 5, 1, 1) * states(1, 5, 4, 6)
+    parts = [relative_error(found[rows], wanted[rows]) * len(found[rows]) for rows in (slice(0, 2), slice(2, 5))]
+    torch.testing.assert_close(sum(parts) / 5, relative_error(found, wanted))
 
 
 def test_low_precision_is_computed_on_in_float32():
@@ -56,7 +63,8 @@ def test_states_are_those_behind_every_layer_before_the_final_norm(family):
 
 def test_the_loss_is_the_mean_over_layers():
     ours, theirs = ([states(seed, 1, 4, 6) for seed in seeds] for seeds in ((0, 1, 2), (3, 4, 5)))
-    errors = [((a - b).square().sum() / b.square().sum()).item() for a, b in zip(ours, theirs, strict=True)]
+    pairs = zip(ours, theirs, strict=True)
+    errors = [((a - b).square().sum(-1) / b.square().sum(-1)).mean().item() for a, b in pairs]
     assert local_loss(ours, theirs).item() == pytest.approx(sum(errors) / 3)
     with pytest.raises(ValueError, match="zip"):
         local_loss(ours, theirs[:2])

@@ -123,7 +123,8 @@ def test_local_errors_against_float64(inputs: dict[str, Artifact], way: str) -> 
     tokens = local.cache.batch(rows_of(local), "train").tokens
     student, teacher = load_model(inputs["model"].path).double(), tiny_model().double()
     pairs = zip(layer_states(student, tokens), layer_states(teacher, tokens), strict=True)
-    errors = [(ours - other.detach()).square().sum() / other.detach().square().sum() for ours, other in pairs]
+    pairs = [(ours, other.detach()) for ours, other in pairs]
+    errors = [(ours - other).square().sum(-1) / other.square().sum(-1) for ours, other in pairs]
     expected = torch.stack(errors).mean()
     assert figures["local"] == pytest.approx(expected.item(), rel=1e-5)
     assert more - loss == pytest.approx(3 * expected.item(), rel=1e-4)
