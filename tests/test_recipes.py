@@ -38,6 +38,8 @@ MODEL_TYPES = {
 SETTINGS = {
     **dict.fromkeys(MODEL_TYPES, FAMILY),
     "q2a4": ["model.source={model}", TEXT, *SHORT],
+    "layerwise": ["model.source={model}", TEXT, "stages.check.gate={}", *SHORT],
+    "progressive": ["model.source={model}", TEXT, "stages.check.gate={}", *SHORT],
     "budget": [
         "model.source={model}",
         TEXT,
