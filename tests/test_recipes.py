@@ -42,6 +42,8 @@ SETTINGS = {
     "q2a4": ["model.source={model}", TEXT, *SHORT],
     "v1_to_v2": ["model.source={model}", TEXT, "stages.check.gate={}", *SHORT],
     "v2_scratch": ["model.source={model}", TEXT, "stages.check.gate={}", *SHORT],
+    "layerwise": ["model.source={model}", TEXT, "stages.check.gate={}", *SHORT],
+    "progressive": ["model.source={model}", TEXT, "stages.check.gate={}", *SHORT],
     "budget": [
         "model.source={model}",
         TEXT,

@@ -84,9 +84,7 @@ def test_adapters_train_in_two_processes(tmp_path: Path, inputs: dict[str, Artif
 @pytest.mark.parametrize("shard", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_layer_by_layer_as_in_one_process(tmp_path: Path, inputs: dict[str, Artifact], shard: bool) -> None:
     """Each turn has its own hooks on gradients; with `shard` too, which has nothing to split there."""
-    objective = {"kd": "teacher", "online": True, "local": 1.0}
     asked: dict[str, Any] = {"trainable": ["scales"], "steps": 4, "batch": {"sequences": 5}, "layerwise": {}}
-    asked["objective"] = objective
     (alone,) = run(1, tmp_path / "one", inputs, **asked)
     first, second = run(2, tmp_path / "two", inputs, shard=shard, **asked)
     assert first["losses"] == second["losses"] and len(alone["losses"]) == 8
