@@ -23,6 +23,7 @@ CHAINS = [
     ({"scheme": "balanced", "bits": 3}, {"scheme": "affine"}),
     ({"scheme": "lut_lowrank", "bits": 3}, {"scheme": "vector_lut", "bits": 2}),
     ({"scheme": "vector_lut", "bits": 3}, {"bits": 1.5, "vector": 4}),
+    ({"scheme": "lut_lowrank", "bits": 4}, {"bits": 2, "lut": "symmetric"}),
 ]
 TRAIN = {
     "objective": {"kd": "teacher"},

@@ -8,6 +8,7 @@ import torch
 
 from a1q.engine.artifact import Artifact
 from a1q.engine.registry import Registry
+from a1q.errors import MismatchError
 from a1q.models.checkpoint import load_model, save_model
 from a1q.quant.linear import quantized_modules
 from tests.stages.quantizing import MLP4, plan, run, view_of
@@ -38,8 +39,12 @@ def test_rounding_is_a_line_of_the_report(tmp_path: Path, inputs: dict[str, Arti
     metrics = ctx.metrics
     assert metrics["kl_rounding"] == metrics["kl_after"] - metrics["kl_before"] != 0
     assert abs(metrics["kl_rounding"]) < 0.01 * metrics["kl_before"]
-    _, ctx = run("snap", tmp_path, inputs, {"kl_sequences": 0})
-    assert "kl_before" not in ctx.metrics
+    gone = {**inputs, "teacher_model": None}
+    for other, options in ((inputs, {"kl_sequences": 0}), (gone, {})):
+        _, ctx = run("snap", tmp_path, other, options)
+        assert "kl_before" not in ctx.metrics
+    with pytest.raises(MismatchError, match="has changed since"):
+        run("snap", tmp_path, gone, {"teacher": "teacher"})
 
 
 def test_kl_before_is_that_of_unrounded_parts(tmp_path: Path, inputs: dict[str, Artifact]) -> None:
