@@ -133,7 +133,17 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
-KILLED = {"train": {"steps": 8}, "lora_recover": {"steps": 6, "refit_steps": 5, "rank": 2, "dropout": 0.1}}
+KILLED = {
+    "train": {"steps": 8},
+    "lora_recover": {
+        "steps": 6,
+        "refit_steps": 5,
+        "rank": 2,
+        "dropout": 0.1,
+        "start": "error",
+        "refit_weights": 0.03,
+    },
+}
 """Options of the stages that are killed in tests."""
 
 
@@ -144,6 +154,7 @@ def main(folder: str, stage: str, loop: str, step: str) -> None:
     inputs = {
         "model": Artifact("model", Path(folder, "quantized"), "m" * 64),
         "teacher": Artifact("teacher", Path(folder, "teacher"), "t" * 64),
+        "teacher_model": Artifact("model", Path(folder, "dense"), "d" * 64),
     }
     ctx = stage_context(stage, Path(folder, "killed"), inputs, **KILLED[stage])
 
