@@ -136,7 +136,14 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
 KILLED = {
     "train": {"steps": 8},
     "layerwise": {"steps": 4, "layerwise": {}},
-    "lora_recover": {"steps": 6, "refit_steps": 5, "rank": 2, "dropout": 0.1},
+    "lora_recover": {
+        "steps": 6,
+        "refit_steps": 5,
+        "rank": 2,
+        "dropout": 0.1,
+        "start": "error",
+        "refit_weights": 0.03,
+    },
 }
 """Options of the stages that are killed in tests."""
 
@@ -148,6 +155,7 @@ def main(folder: str, stage: str, loop: str, step: str, options: str | None = No
     inputs = {
         "model": Artifact("model", Path(folder, "quantized"), "m" * 64),
         "teacher": Artifact("teacher", Path(folder, "teacher"), "t" * 64),
+        "teacher_model": Artifact("model", Path(folder, "dense"), "d" * 64),
     }
     ctx = stage_context(stage, Path(folder, "killed"), inputs, **KILLED[options or stage])
 
