@@ -177,7 +177,8 @@ def test_the_local_term_is_that_layers_error_alone(tmp_path: Path, inputs: dict[
     with torch.no_grad():
         ours, theirs = (layer_states(model, tokens)[layer] for model in models)
         q, p = (model(input_ids=tokens).logits.log_softmax(-1) for model in models)
-    assert told["local"] == pytest.approx(float((ours - theirs).square().sum() / theirs.square().sum()), rel=1e-5)
+    errors = (ours - theirs).square().sum(-1) / theirs.square().sum(-1)
+    assert told["local"] == pytest.approx(float(errors.mean()), rel=1e-5)
     assert told["kl"] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-5)
     assert told["loss"] == pytest.approx(told["kl"] + told["local"] + 0.2 * told["hard_top1"], rel=1e-6)
 
