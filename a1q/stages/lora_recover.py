@@ -290,11 +290,20 @@ def _train_adapters(
     )
     trained = adapter_tensors(wrapped)
     wrapped.unload()
+    after = result.last_tune if config.keep == "last" else result.best_tune
+    assert after is not None
+    if config.start == "error" and config.keep == "best" and before is not None and not after < before:
+        ctx.log(
+            f"WARNING: adapters that began with what quantizing lost did no good: held-out KL {before:.5g} before, "
+            f"{after:.5g} after; they are nothing now. `start: random` or more steps may help."
+        )
+        trained = {name: (a, torch.zeros_like(b)) for name, (a, b) in trained.items()}
+        after = before
     for name, module in chosen.items():
         module.set_adapter(*trained[name], alpha)
     ctx.metrics.update(
         kl_before=result.start_tune if before is None else before,
-        kl_adapter=result.last_tune if config.keep == "last" else result.best_tune,
+        kl_adapter=after,
         adapter_step=result.kept_step,
         tokens_per_second=result.tokens_per_second,
     )

@@ -367,6 +367,25 @@ def test_adapters_that_begin_with_what_quantizing_lost(tmp_path: Path, inputs: d
             torch.testing.assert_close(weight, dense.get_submodule(name).weight, rtol=1e-3, atol=1e-3)
 
 
+def test_a_start_that_does_harm_is_said_aloud_and_undone(
+    tmp_path: Path, inputs: dict[str, Artifact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def noise(modules: Any, dense: Any, statistics: Any, rank: int) -> Any:
+        random = torch.Generator().manual_seed(2)
+        sizes = {name: module.shape for name, module in modules.items()}
+        return {
+            name: (torch.randn(rank, columns, generator=random), torch.randn(rows, rank, generator=random))
+            for name, (rows, columns) in sizes.items()
+        }
+
+    monkeypatch.setattr("a1q.training.adapter_start.error_adapters", noise)
+    ctx = recover(tmp_path, inputs, start="error", merge="adapter", steps=1)
+    assert ctx.metrics["kl_start"] > ctx.metrics["kl_before"] == ctx.metrics["kl_adapter"]
+    assert any("WARNING: adapters that began with" in line for line in ctx.meta["logs"])
+    adapters = [module.adapter_delta() for _, module in quantized_modules(load_model(ctx.out))]
+    assert len(adapters) == 14 and not any(bool(delta.any()) for delta in adapters)
+
+
 def test_weights_may_train_after_a_merge(tmp_path: Path, inputs: dict[str, Artifact]) -> None:
     from a1q.quant.module import QuantModule
 
