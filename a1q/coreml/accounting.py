@@ -274,17 +274,23 @@ def _kind(
     operation: Operation, parameter: str, constant: Constant, consumers: Mapping[str, list[tuple[Operation, str]]]
 ) -> str:
     """One of `KINDS`, or the empty string for a literal that is no weight."""
-    if operation.type.startswith("constexpr_"):
-        return _CONSTEXPR_KINDS.get(parameter, "" if constant.offset is None else "other")
     readers = consumers.get(operation.name, [])
+    if operation.type.startswith("constexpr_"):
+        kind = _CONSTEXPR_KINDS.get(parameter, "" if constant.offset is None else "other")
+        return "scales" if kind and _multiplies(readers) else kind
     for reader, place in readers:
         if reader.type.startswith("constexpr_") and place in _CONSTEXPR_KINDS:
-            return _CONSTEXPR_KINDS[place]
+            return "scales" if _multiplies(consumers.get(reader.name, [])) else _CONSTEXPR_KINDS[place]
     if constant.offset is None:
         return ""
     if constant.tensor.dtype != "fp16":
         return "other"
     return "scales" if readers and all(reader.type == "mul" for reader, _ in readers) else "dense"
+
+
+def _multiplies(readers: Iterable[tuple[Operation, str]]) -> bool:
+    """Whether something is multiplied with elementwise, as scales are and weights never."""
+    return any(reader.type == "mul" for reader, _ in readers)
 
 
 def _stored_elements(

@@ -6,6 +6,8 @@
 | rank 1, `y = a * Q(b * x)` | multiply, convolution, multiply | gather Q and a, multiply |
 | rank r | x * b as (1, in, r, S), one convolution, * a, sum over r | gather Q and a, sum of a * b over r, multiply |
 
+Scales that are palettes are `constexpr_lut_to_dense` too, with a table per rank.
+
 The scales stand before and after the convolution and never behind the LUT: a scale folded into the weight would
 make a dense weight of it, and `constexpr_blockwise_shift_scale` behind a LUT is reported not to load everywhere.
 """
@@ -16,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from a1q.coreml.weights import Array, Blocks, Linear, Palette
+from a1q.coreml.weights import Array, Blocks, Linear, Palette, VectorPalettes
 
 
 def constant(name: str, value: Array) -> Any:
@@ -41,16 +43,11 @@ class Matrix:
         self.name = name
         self.stored = _stored(weight, name)
         """Var (out, in, 1, 1)."""
-        rank = 1 if weight.a is None else weight.a.shape[1]
-        self.a = None if weight.a is None else constant(f"{name}_a", weight.a.reshape(1, -1, rank, 1))
+        self.rank = 1 if weight.a is None else weight.a.shape[1]
+        self.a = None if weight.a is None else _vectors(weight.a, weight.a_palettes, f"{name}_a")
         """Var (1, out, r, 1) or None."""
-        self.b = (
-            None
-            if weight.b is None
-            else constant(f"{name}_b", np.ascontiguousarray(weight.b.T).reshape(1, -1, rank, 1))
-        )
+        self.b = None if weight.b is None else _vectors(weight.b.T, weight.b_palettes, f"{name}_b")
         """Var (1, in, r, 1) or None."""
-        self.rank = rank
 
     def times(self, x: Any) -> Any:
         """(1, in, 1, S) -> (1, out, 1, S), bias and adapter included."""
@@ -114,6 +111,20 @@ def _palettized(palette: Palette, name: str) -> Any:
     lut = constant(f"{name}_lut", entries[:, None, None, None])
     axis = {"vector_axis": 0} if palette.vector > 1 else {}
     return mb.constexpr_lut_to_dense(indices=indices, lut=lut, name=f"{name}_weight", **axis)
+
+
+def _vectors(plain: Array, palettes: VectorPalettes | None, name: str) -> Any:
+    """Scales [n, r] as (1, n, r, 1)."""
+    from coremltools.converters.mil import Builder as mb
+
+    if palettes is None:
+        return constant(name, np.ascontiguousarray(plain)[None, :, :, None])
+    indices = np.ascontiguousarray(palettes.indices)[None, :, :, None].view(_unsigned(palettes.bits))
+    return mb.constexpr_lut_to_dense(
+        indices=constant(f"{name}_indices", indices),
+        lut=constant(f"{name}_lut", palettes.lut[None, None, :, None, :, None]),
+        name=name,
+    )
 
 
 def _blockwise(blocks: Blocks, name: str) -> Any:

@@ -64,10 +64,12 @@ def stored(matrix: Linear) -> dict[str, Array]:
         found = {"codes": matrix.blocks.codes, "scale": matrix.blocks.scale, "zero": matrix.blocks.zero}
     elif matrix.dense is not None:
         found = {"weight": matrix.dense}
-    if matrix.a is not None:
-        found["a"] = matrix.a
-    if matrix.b is not None:
-        found["b"] = matrix.b.T
+    scales = (("a", matrix.a, matrix.a_palettes), ("b", None if matrix.b is None else matrix.b.T, matrix.b_palettes))
+    for name, plain, palettes in scales:
+        if palettes is not None:
+            found |= {f"{name}_indices": palettes.indices, f"{name}_lut": palettes.lut}
+        elif plain is not None:
+            found[name] = plain
     if matrix.adapter is not None:
         found["lora_A"], found["lora_B"] = matrix.adapter
     return found

@@ -86,6 +86,26 @@ class Blocks:
 
 
 @dataclass(frozen=True)
+class VectorPalettes:
+    """r vectors of n numbers as indices into a lookup table each: how `Linear.a` or `Linear.b` is stored."""
+
+    indices: Array
+    """uint8 [n, r], values below 2**bits."""
+    lut: Array
+    """float16 [r, 2**bits]."""
+
+    @property
+    def bits(self) -> int:
+        """Bits of an index."""
+        return int(self.lut.shape[1]).bit_length() - 1
+
+    @property
+    def theory_bits(self) -> int:
+        """Bits of indices and tables."""
+        return self.bits * self.indices.size + 16 * self.lut.size
+
+
+@dataclass(frozen=True)
 class Linear:
     """One matrix: a linear module, or an embedding (whose rows are looked up)."""
 
@@ -101,6 +121,10 @@ class Linear:
     """float16 [out]."""
     adapter: tuple[Array, Array] | None = None
     """float16 (A [rank, in], B [out, rank]), alpha / rank multiplied into B."""
+    a_palettes: VectorPalettes | None = None
+    """How the columns of `a` are stored; None: as they are."""
+    b_palettes: VectorPalettes | None = None
+    """How the rows of `b` are stored."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -129,7 +153,11 @@ class Linear:
         if blocks is not None:
             blocks = Blocks(blocks.codes[start:stop], blocks.bits, blocks.scale[start:stop], blocks.zero[start:stop])
         adapter = None if self.adapter is None else (self.adapter[0], self.adapter[1][start:stop])
-        return Linear(cut(self.dense), palette, blocks, cut(self.a), self.b, cut(self.bias), adapter)
+        scales = self.a_palettes
+        if scales is not None:
+            scales = VectorPalettes(scales.indices[start:stop], scales.lut)
+        bias = cut(self.bias)
+        return Linear(cut(self.dense), palette, blocks, cut(self.a), self.b, bias, adapter, scales, self.b_palettes)
 
     def dequantize(self) -> Array:
         """The weight [out, in] in float32, adapter excluded."""
@@ -155,7 +183,12 @@ class Linear:
             bits += self.palette.bits * self.palette.indices.size + 16 * self.palette.lut.size
         if self.blocks is not None:
             bits += self.blocks.bits * (out * columns + self.blocks.zero.size) + 16 * self.blocks.scale.size
-        vectors = (self.a, self.b, self.bias, *(self.adapter or ()))
+        vectors = [self.bias, *(self.adapter or ())]
+        for plain, palettes in ((self.a, self.a_palettes), (self.b, self.b_palettes)):
+            if palettes is None:
+                vectors.append(plain)
+            else:
+                bits += palettes.theory_bits
         return bits + 16 * sum(vector.size for vector in vectors if vector is not None)
 
 
@@ -237,12 +270,19 @@ def _matrix(module: Any, name: str) -> Linear:
     if isinstance(form, Blockwise):
         blocks = Blocks(form.codes.numpy(), form.bits, half(form.scale, f"{name}.scale"), form.zero.numpy())
         return Linear(blocks=blocks, bias=bias, adapter=adapter)
+    a_palettes = b_palettes = None
+    if form.factors is not None:
+        factors = form.factors
+        a_palettes = VectorPalettes(factors.a_indices.numpy(), half(factors.a_lut, f"{name}.a_lut"))
+        b_palettes = VectorPalettes(factors.b_indices.T.numpy(), half(factors.b_lut, f"{name}.b_lut"))
     return Linear(
         palette=Palette(form.indices.numpy(), half(form.lut, f"{name}.lut")),
         a=_optional(form.a, f"{name}.a"),
         b=_optional(form.b, f"{name}.b"),
         bias=bias,
         adapter=adapter,
+        a_palettes=a_palettes,
+        b_palettes=b_palettes,
     )
 
 

@@ -138,8 +138,8 @@ def _quantized_tensors(name: str, module: Any) -> dict[str, Tensor]:
     from a1q.quant.packing import pack
 
     stored = dict(module.parts())
-    for part in module.scheme.integers:
-        stored[part] = pack(stored[part].cpu(), module.scheme.index_bits)
+    for part in stored.keys() & module.scheme.integers:
+        stored[part] = pack(stored[part].cpu(), module.scheme.width(part))
     optional = {"latent": module.latent, "lora_A": module.lora_A, "lora_B": module.lora_B}
     stored.update({part: tensor for part, tensor in optional.items() if tensor is not None})
     return {f"{name}.{part}": tensor.detach().cpu().contiguous() for part, tensor in stored.items()}
@@ -253,8 +253,8 @@ def _read_quantized(
     scheme = make_scheme(spec)
     indices = shape[0] // scheme.vector, shape[1]
     wanted: dict[str, tuple[int, ...]] = {"indices": indices, **scheme.part_shapes(shape, snapped=state == SNAPPED)}
-    packed = {part: wanted[part] for part in scheme.integers}
-    wanted |= {part: (packed_size(math.prod(size), scheme.index_bits),) for part, size in packed.items()}
+    packed = {part: wanted[part] for part in scheme.integers if part in wanted}
+    wanted |= {part: (packed_size(math.prod(size), scheme.width(part)),) for part, size in packed.items()}
     adapter = fact["adapter"]
     if adapter is not None:
         wanted["lora_A"], wanted["lora_B"] = (adapter["rank"], shape[1]), (shape[0], adapter["rank"])
@@ -269,7 +269,7 @@ def _read_quantized(
         tensors[part] = tensor
     for part, size in packed.items():
         try:
-            tensors[part] = unpack(tensors[part], scheme.index_bits, size)
+            tensors[part] = unpack(tensors[part], scheme.width(part), size)
         except ValueError as error:
             raise StageError(f"{folder}: {name}.{part}: {error}") from None
     latent = tensors.pop("latent", None)

@@ -65,7 +65,7 @@ def disk_bytes(view: ModelView) -> int:
         for part, shape in scheme.part_shapes(module.shape, snapped=module.state == SNAPPED).items():
             size = math.prod(shape)
             if part in scheme.integers:
-                total += packed_size(size, scheme.index_bits)
+                total += packed_size(size, scheme.width(part))
             else:
                 total += (2 if module.state == SNAPPED else 4) * size
         total += 4 * rows * columns * module.latent

@@ -3,6 +3,7 @@
 Beside `indices` and `lut` their parts are `a` [out, r], `g` [r], `b` [r, in], and `gain` [out], which never trains:
 indices are those of the entries nearest to gain ⊙ W. Snapped parts are fp16 and hold A√g and √gB as `a` and `b`,
 without `g` and `gain`. S = A diag(g) B may be negative at ranks above 1 and has no floor; at rank 1 fits keep a, b > 0.
+With `factor_bits` below 16, A and B are palettes: `a1q.quant.palettized_factors`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from a1q.quant.scheme import Scheme, Shape
+from a1q.quant.scheme import FactorPalettes, Palettized, Scheme, Shape
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,14 +20,35 @@ if TYPE_CHECKING:
     from a1q.quant.lowrank import Fit
 
 SCALES = ("a", "g", "b")
+FACTOR_TABLES = ("a_lut", "b_lut")
+FP16 = 16
+"""`factor_bits` of factors that are no palettes."""
 
 
 class LowRankScale(Scheme):
     """Entries of one table times a scale; a subclass says what an index stands for."""
 
     @property
+    def palettized_factors(self) -> bool:
+        """Whether A and B are palettes."""
+        return bool(self.config.factor_bits < FP16)
+
+    @property
+    def scales(self) -> tuple[str, ...]:
+        """The parts that train as `scales`."""
+        return (*SCALES, *FACTOR_TABLES) if self.palettized_factors else SCALES
+
+    @property
+    def integers(self) -> tuple[str, ...]:  # type: ignore[override]
+        return ("indices", "a_indices", "b_indices") if self.palettized_factors else ("indices",)
+
+    def width(self, part: str) -> int:
+        return self.index_bits if part == "indices" else int(self.config.factor_bits)
+
+    @property
     def details(self) -> str:
-        return f"rank {self.config.rank}"
+        factors = f", factors of {self.config.factor_bits} bits" if self.palettized_factors else ""
+        return f"rank {self.config.rank}{factors}"
 
     @property
     def hardware(self) -> str:
@@ -39,21 +61,32 @@ class LowRankScale(Scheme):
     def check(self, shape: Shape) -> list[str]:
         if self.config.rank > min(shape):
             return [f"rank {self.config.rank} is more than the smaller side of {shape[0]}x{shape[1]}"]
+        if self.palettized_factors and self.scale_bits(shape) >= FP16 * self.config.rank * sum(shape):
+            size = 2**self.config.factor_bits
+            return [f"tables of {size} entries for its factors take more than they save on {shape[0]}x{shape[1]}"]
         return []
 
     def scale_bits(self, shape: Shape) -> int:
-        """Bits of A and B."""
-        return 16 * self.config.rank * (shape[0] + shape[1])
+        """Bits of A and B, their tables included."""
+        width = self.config.factor_bits
+        tables = 2 * FP16 * 2**width if self.palettized_factors else 0
+        return int(self.config.rank * (width * sum(shape) + tables))
 
     def scale_shapes(self, shape: Shape, snapped: bool) -> dict[str, tuple[int, ...]]:
         """Shapes of all parts but indices and table."""
         rank = self.config.rank
         own = {} if snapped else {"g": (rank,), "gain": (shape[0],)}
-        return {"a": (shape[0], rank), **own, "b": (rank, shape[1])}
+        tables = dict.fromkeys(FACTOR_TABLES if self.palettized_factors else (), (rank, 2**self.config.factor_bits))
+        end = "_indices" if snapped and self.palettized_factors else ""
+        return {f"a{end}": (shape[0], rank), **own, f"b{end}": (rank, shape[1]), **tables}
 
     def numbers(self, lut: Tensor) -> Tensor:
         """The numbers that the part `lut` stands for, in the shape in which they are snapped."""
         return lut
+
+    def rows_by_part(self, parts: Mapping[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
+        """What `parts` say of `rows` alone, but for the indices."""
+        return {name: parts[name].index_select(0, rows) for name in ("a", "a_indices", "gain") if name in parts}
 
     @abstractmethod
     def table(self, lut: Tensor) -> Tensor:
@@ -77,20 +110,28 @@ class LowRankScale(Scheme):
 
         a, g, b = balance(fit)
         gain = fit.a.new_ones(len(fit.a)) if gain is None else gain
-        parts = {"lut": fit.lut, "a": a, "g": g, "b": b, "gain": gain}
+        parts = self.with_factor_tables({"lut": fit.lut, "a": a, "g": g, "b": b, "gain": gain})
         return {"indices": self.indices_of(fit.indices) if weight is None else self.assign(parts, weight), **parts}
+
+    def with_factor_tables(self, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+        """`parts`, with tables fitted to `a` and `b` where they are palettes."""
+        from a1q.quant.palettized_factors import with_tables
+
+        return with_tables(parts, self.config.factor_bits) if self.palettized_factors else parts
 
     def dequantize(self, parts: Mapping[str, Tensor]) -> Tensor:
         from a1q.quant.grid import lookup
         from a1q.quant.straight_through import scale_of
 
-        parts = _wide(parts)
+        parts = _counting(parts)
         entries = lookup(self.table(parts["lut"]), self.places(parts["indices"]))
         return entries * scale_of(parts["a"], parts.get("g"), parts["b"])
 
     def weight(self, parts: Mapping[str, Tensor], latent: Tensor | None, fp16: bool) -> Tensor:
+        from a1q.quant.palettized_factors import looked_up
         from a1q.quant.straight_through import grid_weight
 
+        parts = looked_up(parts)
         places = self.places(parts["indices"]) if latent is None else parts["indices"]
         factors = (parts["a"], parts["g"], parts["b"])
         table = self.table(parts["lut"])
@@ -101,7 +142,7 @@ class LowRankScale(Scheme):
 
         from a1q.quant.straight_through import scale_of
 
-        parts = _wide(parts)
+        parts = _counting(parts)
         table = self.table(parts["lut"])
         with torch.autocast(table.device.type, enabled=False):
             scale = scale_of(parts["a"], parts.get("g"), parts["b"])
@@ -110,19 +151,34 @@ class LowRankScale(Scheme):
     def rounded(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         import torch
 
+        from a1q.quant.palettized_factors import looked_up
         from a1q.quant.straight_through import fold, rounded_through
 
+        parts = looked_up(parts)
         a, b = fold(parts["a"], parts["g"], parts["b"])
         grid = {"lut": rounded_through(self.numbers(parts["lut"])), "a": rounded_through(a), "b": rounded_through(b)}
         return {**parts, **grid, "g": torch.ones_like(parts["g"])}
 
     def snap_scale(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """`a` and `b` as stored for good."""
+        """A and B as stored for good."""
         from a1q.quant.grid import to_fp16
+        from a1q.quant.palettized_factors import snapped
         from a1q.quant.straight_through import fold
 
+        if self.palettized_factors:
+            return snapped(parts)
         a, b = fold(parts["a"], parts.get("g"), parts["b"])
         return {"a": to_fp16(a), "b": to_fp16(b)}
+
+    def palettized(self, parts: Mapping[str, Tensor]) -> Palettized:
+        """Snapped parts for hardware, the table as `parts` hold it."""
+        from a1q.quant.palettized_factors import looked_up
+
+        factors = None
+        if self.palettized_factors:
+            factors = FactorPalettes(parts["a_indices"], parts["a_lut"], parts["b_indices"], parts["b_lut"])
+        seen = looked_up(parts)
+        return Palettized(parts["indices"], parts["lut"][None], seen["a"], seen["b"], factors)
 
     def product(self, parts: Mapping[str, Tensor], latent: Tensor | None, x: Tensor, fp16: bool) -> Tensor | None:
         from a1q.quant.straight_through import fold, rounded_through
@@ -130,7 +186,7 @@ class LowRankScale(Scheme):
 
         if self.config.rank != 1:
             return None
-        parts = _wide(parts)
+        parts = _counting(parts)
         a, b, table, gain = parts["a"], parts["b"], self.table(parts["lut"]), parts.get("gain")
         if fp16:
             a, b = (rounded_through(part) for part in fold(a, parts.get("g"), b))
@@ -147,7 +203,7 @@ class LowRankScale(Scheme):
 
         if form == "dense":
             return super().apply(parts, x, form)
-        parts = _wide(parts)
+        parts = _counting(parts)
         a, b = parts["a"], parts["b"]
         if "g" in parts:
             a = a * parts["g"]
@@ -161,8 +217,10 @@ class LowRankScale(Scheme):
         return total
 
 
-def _wide(parts: Mapping[str, Any]) -> dict[str, Any]:
-    """Parts with fp16 ones widened to fp32 (exact); fp32 and fp64 stay."""
+def _counting(parts: Mapping[str, Any]) -> dict[str, Any]:
+    """Parts with fp16 ones widened to fp32 (exact; fp32 and fp64 stay), and factors that are palettes looked up."""
     import torch
 
-    return {name: part.float() if part.dtype == torch.float16 else part for name, part in parts.items()}
+    from a1q.quant.palettized_factors import looked_up
+
+    return looked_up({name: part.float() if part.dtype == torch.float16 else part for name, part in parts.items()})

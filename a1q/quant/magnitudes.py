@@ -23,8 +23,10 @@ def with_unit_directions(parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
     a, g, b = parts["a"], parts["g"], parts["b"]
     left, right = _exponent(a.norm(dim=0)), _exponent(b.norm(dim=1))
     left = left + (left + right) % 2
+    tables = {"a_lut": left, "b_lut": right}  # of factors that are palettes
     return {
         **parts,
+        **{name: torch.ldexp(parts[name], -by[:, None]) for name, by in tables.items() if name in parts},
         "a": torch.ldexp(a, -left),
         "g": torch.ldexp(g, left + right),
         "b": torch.ldexp(b, -right[:, None]),

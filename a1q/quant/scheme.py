@@ -16,6 +16,20 @@ Shape = tuple[int, int]
 
 
 @dataclass(frozen=True)
+class FactorPalettes:
+    """The factors of a low-rank scale as palettes: a column of A and a row of B are entries of a table per rank."""
+
+    a_indices: Tensor
+    """uint8 [out, r]."""
+    a_lut: Tensor
+    """float16 [r, 2**n]."""
+    b_indices: Tensor
+    """uint8 [r, in]."""
+    b_lut: Tensor
+    """float16 [r, 2**n]."""
+
+
+@dataclass(frozen=True)
 class Palettized:
     """A snapped weight as look-up tables and scales: Ŵ = LUT[idx], or Ŵ = LUT[idx] ⊙ (A B)."""
 
@@ -27,6 +41,8 @@ class Palettized:
     """float16 [out, r]."""
     b: Tensor | None = None
     """float16 [r, in]; None with `a` there means rank 1 and ones."""
+    factors: FactorPalettes | None = None
+    """What `a` and `b` are to be stored as, where they are palettes."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +72,7 @@ class Scheme(ABC):
     schema: ClassVar[Mapping[str, Any] | None] = None
     """Inline schema, for plug-ins outside this package only."""
     integers: tuple[str, ...] = ("indices",)
-    """Parts that are uint8 below 2**index_bits, stored packed; all others are floating point."""
+    """Parts that are uint8 below 2**width, stored packed; all others are floating point. A state may lack some."""
     trainable: Mapping[str, tuple[str, ...]]
     """Set name (`scales`, `magnitudes`, `lut`) -> the parts it trains; set by `__init__`, as it may hang on the config.
     `weights` is always the latent weight."""
@@ -71,8 +87,12 @@ class Scheme(ABC):
 
     @property
     def index_bits(self) -> int:
-        """The width of stored `integers`."""
+        """The width of stored indices."""
         return int(self.config.bits * self.vector)
+
+    def width(self, part: str) -> int:
+        """The width of one of the stored `integers`."""
+        return self.index_bits
 
     @property
     def details(self) -> str:

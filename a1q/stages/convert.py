@@ -253,8 +253,11 @@ def _target(module: QuantModule, wanted: str) -> Tensor:
 
 
 def _refit_published(module: QuantModule, spec: Mapping[str, Any], target: Tensor, seed: int) -> None:
+    from a1q.quant.palettized_factors import looked_up
     from a1q.quant.published import convert_published
 
-    parts = convert_published(module.parts(), spec["bits"], spec["rank"], seed)
-    indices = make_scheme(spec).assign(parts, target)
+    scheme = make_scheme(spec)
+    parts = convert_published(looked_up(module.parts()), spec["bits"], spec["rank"], seed)
+    parts = scheme.with_factor_tables(parts)  # type: ignore[attr-defined]
+    indices = scheme.assign(parts, target)
     module.set_scheme(spec, {"indices": indices, **parts}, target)

@@ -27,9 +27,10 @@ SCHEMES: dict[str, Mapping[str, Any] | None] = {
     "pairs": {"scheme": "vector_lut", "bits": 2},
     "fours": {"scheme": "vector_lut", "bits": 1.5, "vector": 4, "rank": 2, "fit": "kmeans"},
     "rank-3": {"scheme": "lut_lowrank", "bits": 2, "rank": 3, "fit": "absmax_svd"},
+    "factors": {"scheme": "lut_lowrank", "bits": 2, "rank": 3, "fit": "absmax_svd", "factor_bits": 4},
 }
 
-UNTIED = ("dense", "channel-3", "rank-1", "pairs", "rank-3")
+UNTIED = ("dense", "channel-3", "rank-1", "pairs", "rank-3", "factors")
 FORMS = [(name, True) for name in SCHEMES] + [(name, False) for name in UNTIED]
 """Scheme and whether the head is tied."""
 

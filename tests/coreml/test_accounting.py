@@ -31,7 +31,8 @@ def projections(model):
 
 
 @pytest.mark.parametrize(
-    ("name", "rank"), [("dense", 1), ("group-4", 1), ("rank-1", 1), ("pairs", 1), ("fours", 2), ("rank-3", 3)]
+    ("name", "rank"),
+    [("dense", 1), ("group-4", 1), ("rank-1", 1), ("pairs", 1), ("fours", 2), ("rank-3", 3), ("factors", 3)],
 )
 def test_multiply_adds_show_the_price_of_ranks(form, name, rank):
     model, _, _ = form(name, True)
@@ -65,7 +66,7 @@ def test_operations_are_those_of_the_program_read_back(form):
 
 
 def test_every_byte_of_the_weight_file_has_a_place(form):
-    for name in ("dense", "tensor-2", "rank-3"):
+    for name in ("dense", "tensor-2", "rank-3", "factors"):
         part = report(form, name)
         assert tuple(part.bytes_by_kind) == KINDS
         functions = read_functions(read_spec(form(name, True)[1].path))
@@ -96,6 +97,18 @@ def test_bits_per_weight(form, name, bits, numbers, rank):
     assert part.bits_per_weight == pytest.approx((bits * weights + table + scales) / weights)
     assert part.bytes_by_kind["indices"] == bits * weights // 8
     assert report(form, "dense").bits_per_weight is None
+
+
+def test_bits_per_weight_of_palettized_factors(form):
+    model, _, _ = form("factors", True)
+    shapes = projections(model)
+    weights = sum(out * inner for out, inner in shapes)
+    table = 16 * 4 * len(shapes)
+    scales = 3 * sum(4 * (out + inner) + 2 * 16 * 16 for out, inner in shapes)
+    part = report(form, "factors")
+    assert part.quantized_weights == weights
+    assert part.bytes_by_kind["scales"] == scales // 8
+    assert part.bits_per_weight == pytest.approx((2 * weights + table + scales) / weights)
 
 
 def test_theory(form):

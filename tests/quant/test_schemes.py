@@ -24,6 +24,8 @@ SPECS = [
     {"scheme": "lut_lowrank", "bits": 1, "lut": "symmetric"},
     {"scheme": "lut_lowrank", "bits": 3, "rank": 2, "lut": "symmetric"},
     {"scheme": "lut_lowrank", "bits": 8, "lut": "symmetric", "fit": "absmax_svd"},
+    {"scheme": "lut_lowrank", "bits": 2, "rank": 2, "factor_bits": 4},
+    {"scheme": "lut_lowrank", "bits": 4, "factor_bits": 4, "fit": "absmax_svd", "group_size": 8},
     {"scheme": "vector_lut", "bits": 2},
     {"scheme": "vector_lut", "bits": 3, "rank": 2, "fit": "kmeans"},
     {"scheme": "vector_lut", "bits": 1.5, "vector": 4},
@@ -100,8 +102,8 @@ def test_snapped_parts_are_what_the_bits_count(spec) -> None:
     assert shapes == scheme.part_shapes((12, 24), snapped=True)
     for name, part in snapped.items():
         assert part.dtype == (torch.uint8 if name in scheme.integers else torch.float16)
-    assert all(int(snapped[name].max()) < 2**scheme.index_bits for name in scheme.integers)
-    widths = {name: scheme.index_bits if name in scheme.integers else 16 for name in snapped}
+    assert all(int(snapped[name].max()) < 2 ** scheme.width(name) for name in scheme.integers)
+    widths = {name: scheme.width(name) if name in scheme.integers else 16 for name in snapped}
     assert scheme.bits((12, 24)) == sum(widths[name] * part.numel() for name, part in snapped.items())
     exact = scheme.dequantize(parts)
     largest = float(exact.abs().max())

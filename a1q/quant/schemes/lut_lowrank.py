@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from a1q.quant.feedback_options import FeedbackOptions
-from a1q.quant.low_rank_scale import SCALES, LowRankScale
+from a1q.quant.low_rank_scale import LowRankScale
 from a1q.quant.scheme import Palettized, Shape
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ class LutLowrankConfig(FeedbackOptions):
 
     bits: int
     rank: int
+    factor_bits: int
     lut: str
     group_size: int
     rounds: int
@@ -37,13 +38,13 @@ class LutLowrankConfig(FeedbackOptions):
 class LutLowrank(LowRankScale):
     """One table per weight and a scale of rank r, by default a row scale times a column scale."""
 
-    version = 7
+    version = 8
     Config = LutLowrankConfig
 
     def __init__(self, config: LutLowrankConfig):
         super().__init__(config)
         learned = {"lut": ("lut",)} if config.lut != "fixed" else {}
-        self.trainable = {"scales": SCALES, "magnitudes": ("g",), **learned}
+        self.trainable = {"scales": self.scales, "magnitudes": ("g",), **learned}
 
     def bits(self, shape: Shape) -> int:
         rows, columns = shape
@@ -118,8 +119,8 @@ class LutLowrank(LowRankScale):
         return {"indices": indices, "lut": lut[0], **self.snap_scale(parts)}
 
     def select_rows(self, parts: Mapping[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
-        by_row = {name: parts[name].index_select(0, rows) for name in ("indices", "a", "gain") if name in parts}
-        return {**parts, **by_row}
+        indices = parts["indices"].index_select(0, rows)
+        return {**parts, **self.rows_by_part(parts, rows), "indices": indices}
 
     def hardware_form(self, parts: Mapping[str, Tensor]) -> Palettized:
-        return Palettized(parts["indices"], parts["lut"][None], parts["a"], parts["b"])
+        return self.palettized(parts)

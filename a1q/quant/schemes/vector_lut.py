@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from a1q.quant.feedback_options import FeedbackOptions
-from a1q.quant.low_rank_scale import SCALES, LowRankScale
+from a1q.quant.low_rank_scale import LowRankScale
 from a1q.quant.scheme import Palettized, Shape
 
 if TYPE_CHECKING:
@@ -32,18 +32,19 @@ class VectorLutConfig(FeedbackOptions):
     bits: float
     vector: int
     rank: int
+    factor_bits: int
     rounds: int
 
 
 class VectorLut(LowRankScale):
     """One table of vectors per weight and a scale of rank r, by default a row scale times a column scale."""
 
-    version = 1
+    version = 2
     Config = VectorLutConfig
 
     def __init__(self, config: VectorLutConfig):
         super().__init__(config)
-        self.trainable = {"scales": SCALES, "magnitudes": ("g",), "lut": ("lut",)}
+        self.trainable = {"scales": self.scales, "magnitudes": ("g",), "lut": ("lut",)}
 
     @property
     def vector(self) -> int:
@@ -144,8 +145,8 @@ class VectorLut(LowRankScale):
         return {"indices": parts["indices"].cpu(), "lut": to_fp16(parts["lut"]), **self.snap_scale(parts)}
 
     def select_rows(self, parts: Mapping[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
-        by_row = {name: parts[name].index_select(0, rows) for name in ("a", "gain") if name in parts}
-        return {**parts, **by_row, "indices": parts["indices"].index_select(0, rows[:: self.vector] // self.vector)}
+        indices = parts["indices"].index_select(0, rows[:: self.vector] // self.vector)
+        return {**parts, **self.rows_by_part(parts, rows), "indices": indices}
 
     def hardware_form(self, parts: Mapping[str, Tensor]) -> Palettized:
-        return Palettized(parts["indices"], parts["lut"][None], parts["a"], parts["b"])
+        return self.palettized(parts)
