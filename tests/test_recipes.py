@@ -30,6 +30,20 @@ FAMILY = [
 ]
 STAGED = ["model.source={model}", TEXT, "stages.check.gate={}", *(item for item in SHORT if ".ane." in item)]
 STAGED_QWEN3 = [*STAGED, "groups.linears.expect={linears}", "stages.teacher.cache.top_k=32"]
+TWO_GROUPS_QWEN3 = [
+    "model.source={model}",
+    TEXT,
+    "groups.mlp.expect={mlp}",
+    "groups.attn.expect={attn}",
+    "stages.teacher.cache.top_k=32",
+    "stages.check.gate={}",
+]
+RANKED_QWEN3 = [
+    *TWO_GROUPS_QWEN3,
+    *SHORT,
+    "stages.start.rules.mlp.rank=3",
+    "stages.teacher.cache.random_negatives=128",
+]
 MODEL_TYPES = {
     "qwen2.5-0.5b/q2a4": "qwen2",
     "llama-3.2-1b/q2a4": "llama",
@@ -60,15 +74,10 @@ SETTINGS = {
         "stages.pico.tokenizer.vocab=300",
         "stages.pico.batch.sequences=2",
     ],
-    "qwen3-0.6b/q4_to_q2": [
-        "model.source={model}",
-        TEXT,
-        "groups.mlp.expect={mlp}",
-        "groups.attn.expect={attn}",
-        "stages.teacher.cache.top_k=32",
-        "stages.check.gate={}",
-        *(item.replace(".app.", ".anemll.") for item in SHORT),
-    ],
+    "qwen3-0.6b/q4_to_q2": [*TWO_GROUPS_QWEN3, *(item.replace(".app.", ".anemll.") for item in SHORT)],
+    **dict.fromkeys(("qwen3-0.6b/v1_to_v2", "qwen3-0.6b/v2_scratch"), RANKED_QWEN3),
+    "qwen3-0.6b/layerwise": [*TWO_GROUPS_QWEN3, *SHORT],
+    "qwen3-0.6b/progressive": [*TWO_GROUPS_QWEN3, *SHORT, "stages.q2a4.rules.mlp.rank=3"],
     "qwen3-0.6b/apple_2bit": [
         "model.source={model}",
         TEXT,
