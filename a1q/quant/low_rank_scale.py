@@ -62,8 +62,8 @@ class LowRankScale(Scheme):
         if self.config.rank > min(shape):
             return [f"rank {self.config.rank} is more than the smaller side of {shape[0]}x{shape[1]}"]
         if self.palettized_factors and self.scale_bits(shape) >= FP16 * self.config.rank * sum(shape):
-            size = 2**self.config.factor_bits
-            return [f"tables of {size} entries for its factors take more than they save on {shape[0]}x{shape[1]}"]
+            tables = f"tables of {2**self.config.factor_bits} entries for its factors"
+            return [f"{tables} take more than they save on {shape[0]}x{shape[1]}; 16 bits have none"]
         return []
 
     def scale_bits(self, shape: Shape) -> int:
