@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from a1q.errors import MismatchError, Problem
+from a1q.errors import MismatchError, Problem, StageError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -50,9 +50,17 @@ class Chat:
         self._special = tuple(token.content for token in added if token.special)
 
     def text(self, messages: Messages, prompt: bool = False) -> str:
-        """What the template makes of a conversation; with `prompt` also of an answer's beginning."""
+        """What the template makes of a conversation; with `prompt` also of an answer's beginning.
+
+        Raises:
+            StageError: if the template refuses it.
+        """
         plain = [dict(message) for message in messages]
-        return self._templated.apply_chat_template(plain, tokenize=False, add_generation_prompt=prompt)
+        try:
+            return self._templated.apply_chat_template(plain, tokenize=False, add_generation_prompt=prompt)
+        except Exception as error:  # templates raise what they like
+            roles = ", ".join(message["role"] for message in messages)
+            raise StageError(f"the chat template refuses a conversation of {roles}: {error}") from None
 
     def said(self, messages: Messages, text: str, ids: Sequence[int]) -> list[bool]:
         """Of the tokens `ids` of a conversation's `text`, those that an assistant said, the end of its turn included.
@@ -91,8 +99,8 @@ class Chat:
                 continue
             try:
                 begin, whole = self.text(messages[:number], prompt=True), self.text(messages[: number + 1])
-            except Exception as error:  # templates raise what they like
-                raise UnclearError(f"the chat template refuses a beginning of the conversation: {error}") from None
+            except StageError as error:
+                raise UnclearError(f"of a beginning of the conversation, {error}") from None
             if not text.startswith(begin) or not whole.startswith(begin):
                 raise UnclearError("the chat template writes an answer's beginning otherwise when it prompts for one")
             said, content = self._trimmed(whole[len(begin) :]), message["content"].strip()

@@ -10,12 +10,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def relative_error(
-    found: Tensor, wanted: Tensor, size: float | Tensor | None = None, root: Tensor | None = None
-) -> Tensor:
+def relative_error(found: Tensor, wanted: Tensor, size: float | None = None, root: Tensor | None = None) -> Tensor:
     """Mean over positions of δᵀ M δ over `size`, δ = found - wanted; computed in float32, or float64 of such states.
 
-    With a size for each position, too, it is a mean over positions: however many of them a batch or a process has.
+    Relative to each position's own size it is a mean over positions: however many of them a batch or a process has.
 
     Args:
         found: [..., H]; gets the gradient.

@@ -12,7 +12,7 @@ def kl_meter(ctx: StageContext, device: Any) -> Callable[[Any], float] | None:
     """A function model -> KL to the teacher on the cache's held-out part, in nats per token.
 
     `ctx.config` has `kl_sequences`, and `ctx.inputs` the model, optionally `teacher` and `teacher_model`. None where
-    there is no teacher, or no sequence is asked for.
+    there is no teacher, its cache has no held-out part, or no sequence is asked for.
 
     Raises:
         MismatchError: if the model has another tokenizer or chat template, or the teacher isn't found unchanged.
@@ -31,6 +31,8 @@ def kl_meter(ctx: StageContext, device: Any) -> Callable[[Any], float] | None:
     cache = TeacherCache(artifact.path)
     require_cache_of(model.path, cache.meta, f"stages.{ctx.id}.teacher")
     count = min(ctx.config.kl_sequences, cache.size("tune"))
+    if count == 0:
+        return None
     tokens = cache.batch(numpy.arange(count), "tune").tokens.numpy()
     teacher = load_teacher(artifact, ctx.inputs.get("teacher_model"), device)
 

@@ -60,6 +60,8 @@ def read_adapter_view(folder: Path) -> dict[str, AdapterView]:
         header = read_safetensors_header(folder / WEIGHTS)
     except (OSError, ValueError) as error:
         raise MismatchError(f"{folder} is no whole adapter: {error}") from None
+    if not isinstance(config, dict):
+        raise MismatchError(f"{folder / CONFIG} holds no JSON object")
     odd = [
         f"{name}: {config[name]}" for name, plain in PLAIN.items() if config.get(name, plain) not in (plain, None, [])
     ]
@@ -78,7 +80,12 @@ def read_adapter_view(folder: Path) -> dict[str, AdapterView]:
         a, b = parts.get("lora_A", ()), parts.get("lora_B", ())
         if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
             raise MismatchError(f"{folder}: {name} has A {list(a)} and B {list(b)}, which don't multiply")
-        views[name] = AdapterView(a[0], (b[0], a[1]), _scale(config, name, a[0]))
+        try:
+            scale = _scale(config, name, a[0])
+        except (KeyError, TypeError, ValueError, re.error) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise MismatchError(f"{folder / CONFIG} doesn't say the alpha of {name} ({reason})") from None
+        views[name] = AdapterView(a[0], (b[0], a[1]), scale)
     return views
 
 
@@ -97,6 +104,8 @@ def read_adapter(folder: Path) -> dict[str, tuple[Any, Any]]:
 def _scale(config: Mapping[str, Any], name: str, rank: int) -> float:
     """alpha / rank, as PEFT finds the alpha of a module: by the first pattern that is the end of its name."""
     patterns = config.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise TypeError("alpha_pattern is no object")
     key = next((key for key in patterns if re.match(rf"(.*\.)?({key})$", name)), None)
     alpha = float(config["lora_alpha"] if key is None else patterns[key])
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)

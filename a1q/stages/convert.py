@@ -206,8 +206,9 @@ def _check_compare(ctx: PlanContext, view: ModelView, changed: Mapping[str, Modu
         ctx.recipe_problem("compare", f"{message}, unlike {', '.join(summarize(unlike))}", "leave `compare` out")
     if ctx.config.method == "published":
         ctx.recipe_problem("compare", "`method: published` is what would be compared with", "leave one of them out")
-    if ctx.config.kl_sequences == 0 or ctx.views.get("teacher") is None:
-        remedy = "put a `kd` stage before it, and `kl_sequences` above 0"
+    teacher = ctx.views.get("teacher")
+    if ctx.config.kl_sequences == 0 or teacher is None or teacher.get("tune_sequences") == 0:
+        remedy = "put a `kd` stage with `tune_sequences` before it, and `kl_sequences` above 0"
         ctx.recipe_problem("compare", "there is no KL to compare", remedy)
 
 

@@ -7,19 +7,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from a1q.distill.losses import ASSISTANT
 from a1q.engine.matching import summarize
 from a1q.engine.stage import Outcome, PlanContext, Stage, StageContext
 from a1q.errors import StageError
-from a1q.models.view import PREPARED
+from a1q.models.view import DENSE, PREPARED
 from a1q.quant.bits import disk_bytes
 from a1q.quant.planning import check_statistics
-from a1q.training.distillation import BatchConfig, Distillation, Objective, require_said
+from a1q.training.distillation import BatchConfig, Distillation, Objective
 from a1q.training.planning import (
     activation_bytes,
     check_batch,
     check_teacher,
     checkpoint_note,
+    kept_note,
     listed,
     online_bytes,
     quantized_targets,
@@ -64,6 +64,9 @@ class LoraRecoverConfig:
     straight_through_fp16: bool
 
 
+UNJUDGED = "the teacher cache has no held-out part to judge a recovery by"
+
+
 class LoraRecoverStage(Stage):
     """Adapters are plain PEFT around the quantized linears, whose own parameters are frozen while gradients pass.
 
@@ -72,7 +75,7 @@ class LoraRecoverStage(Stage):
     no good and the model stays as it was.
     """
 
-    version = 5
+    version = 6
     parallel = True
     Config = LoraRecoverConfig
 
@@ -91,6 +94,8 @@ class LoraRecoverStage(Stage):
             ctx.mismatch("", "only embeddings are quantized here, and adapters are for linears", "quantize linears too")
         check_teacher(ctx, config.objective, view)
         check_batch(ctx, config.batch)
+        _check_judge(ctx)
+        _check_merge(ctx)
         if config.merge == "refit" or config.start == "error":
             check_statistics(ctx)
         if not targets:
@@ -119,6 +124,8 @@ class LoraRecoverStage(Stage):
         memory = 4 * view.parameters + 8 * weight_count(targets.values()) + 20 * adapters
         if config.merge == "refit" and config.refit_weights is not None:
             memory += 20 * weight_count(targets.values())
+        if config.start == "error":
+            memory += 4 * view.parameters  # the model that was quantized, once more
         memory += online_bytes(view, config.objective, config.batch, ctx.views.get("teacher"))
         memory += activation_bytes(view, config.batch, ctx.views.get("teacher"))
         return Outcome(
@@ -128,6 +135,7 @@ class LoraRecoverStage(Stage):
             notes=(
                 f"rank {config.rank} on {len(targets)} modules",
                 *listed(targets),
+                *kept_note(config.objective, config.keep),
                 *(f"  {name} gets none: it is an embedding" for name in embeddings),
                 checkpoint_note(adapters),
             ),
@@ -155,8 +163,6 @@ class LoraRecoverStage(Stage):
         note_rounding(ctx, config.straight_through_fp16)
         cache = TeacherCache(teacher.path)
         require_cache_of(source.path, cache.meta, f"stages.{ctx.id}.objective.kd")
-        if config.objective.targets == ASSISTANT:
-            require_said(cache, f"stages.{ctx.id}.objective.targets")
         model = load_model(source.path, device=device)
         modules = dict(quantized_modules(model))
         selected = select_modules(modules, ctx.groups, config.groups)
@@ -173,9 +179,10 @@ class LoraRecoverStage(Stage):
             ctx.seed,
             config.evaluate_sequences,
             load_teacher(teacher, ctx.inputs.get("teacher_model"), device) if config.objective.online else None,
+            f"stages.{ctx.id}.objective.targets",
         )
         if objective.held_out() is None:
-            raise StageError("the teacher cache has no held-out part to judge a recovery by: raise `tune_sequences`")
+            raise StageError(UNJUDGED)
         identity = {"model": source.digest, "teacher": teacher.digest}
         smaller = f"`rank` from {config.rank} to {max(config.rank // 2, 1)}"
         with told_what_to_lower(config.batch.sequences, config.batch.accumulate, cache.seq_len, smaller):
@@ -184,7 +191,12 @@ class LoraRecoverStage(Stage):
         if not ctx.world.leads:
             return
         if not helped:
-            save_model(load_model(source.path), ctx.out, tokenizer_from=source.path)
+            unchanged = load_model(source.path)
+            if config.refit_weights is not None:  # as planned: what follows may count on latents
+                for name, module in quantized_modules(unchanged):
+                    if name in chosen and module.latent is None:
+                        module.start_latent()
+            save_model(unchanged, ctx.out, tokenizer_from=source.path)
             return
         for name, latent in latents.items():
             if modules[name].latent is None:
@@ -192,6 +204,23 @@ class LoraRecoverStage(Stage):
         save_model(model, ctx.out, tokenizer_from=source.path)
         if config.merge == "adapter":
             save_peft_adapter(model, ctx.out / "adapter")
+
+
+def _check_judge(ctx: PlanContext) -> None:
+    """Record that nothing is held out."""
+    if (ctx.views.get("teacher") or {}).get("tune_sequences") == 0:
+        ctx.recipe_problem("objective.kd", UNJUDGED, "`tune_sequences: 32` in the `cache` of `kd`")
+
+
+def _check_merge(ctx: PlanContext) -> None:
+    """Record a rate for weights that never move."""
+    config = ctx.config
+    if config.refit_weights is None:
+        return
+    if config.merge == "adapter":
+        ctx.recipe_problem("refit_weights", "`merge: adapter` merges nothing", "leave `refit_weights` out")
+    elif not config.refit_steps:
+        ctx.recipe_problem("refit_weights", "`refit_steps` is 0, so that nothing trains after the merge", "raise it")
 
 
 def _check_dense(ctx: PlanContext, targets: Mapping[str, ModuleView]) -> None:
@@ -203,6 +232,11 @@ def _check_dense(ctx: PlanContext, targets: Mapping[str, ModuleView]) -> None:
     if list(dense.config.get(PREPARED, ())) != list(view.config.get(PREPARED, ())):
         message = "`start: error` compares weights with the recipe's model, and `prepare` rewrote those here"
         ctx.recipe_problem("start", message, "leave `start` out")
+        return
+    quantized = [name for name in targets if name in dense.modules and dense.modules[name].state != DENSE]
+    if quantized:
+        message = f"the model compared with is quantized itself: {', '.join(summarize(quantized))}"
+        ctx.mismatch("start", message, "`teacher_model` has to name the model that was quantized")
         return
     odd = [
         name for name, item in targets.items() if name not in dense.modules or dense.modules[name].shape != item.shape
@@ -253,7 +287,7 @@ def _start(ctx: StageContext, chosen: Mapping[str, QuantModule]) -> dict[str, tu
     dense = ctx.inputs["teacher_model"]
     assert dense is not None
     statistics = read_statistics(ctx.inputs.get("statistics"), chosen)
-    return error_adapters(chosen, load_model(dense.path), statistics, ctx.config.rank)
+    return error_adapters(chosen, load_model(dense.path), statistics, ctx.config.rank, ctx.progress)
 
 
 def _train_adapters(
@@ -292,19 +326,20 @@ def _train_adapters(
     wrapped.unload()
     after = result.last_tune if config.keep == "last" else result.best_tune
     assert after is not None
+    kept_step = result.kept_step
     if config.start == "error" and config.keep == "best" and before is not None and not after < before:
         ctx.log(
             f"WARNING: adapters that began with what quantizing lost did no good: held-out KL {before:.5g} before, "
             f"{after:.5g} after; they are nothing now. `start: random` or more steps may help."
         )
         trained = {name: (a, torch.zeros_like(b)) for name, (a, b) in trained.items()}
-        after = before
+        after, kept_step = before, 0
     for name, module in chosen.items():
         module.set_adapter(*trained[name], alpha)
     ctx.metrics.update(
         kl_before=result.start_tune if before is None else before,
         kl_adapter=after,
-        adapter_step=result.kept_step,
+        adapter_step=kept_step,
         tokens_per_second=result.tokens_per_second,
     )
     if start:

@@ -37,7 +37,7 @@ class SnapStage(Stage):
 
     With `only`, named parameter sets alone are rounded, and modules go on training. Metrics with a teacher: held-out KL
     before and after, and their difference `kl_rounding`, what rounding costs. Before means parts in float32, with the
-    indices that the last forward pass used.
+    indices that the last forward pass used; with `only`, the model as it trains.
     """
 
     Config = SnapConfig
@@ -125,7 +125,7 @@ def _meter(ctx: StageContext, device: Any) -> Callable[[Any], float | None]:
     except MismatchError as error:
         if ctx.config.teacher is not None:
             raise
-        ctx.log(f"what rounding costs is not measured: {error}")
+        ctx.log(f"what rounding costs is not measured, unless this stage is run again with --force: {error}")
     return measure or _nothing
 
 
@@ -242,7 +242,7 @@ def _bake(ctx: StageContext, model: Any, modules: Mapping[str, QuantModule], sou
     device = next(model.parameters()).device
     found = load_model(ctx.out, device=device)
     read = found.state_dict()
-    refuse_differing([name for name in state if not torch.equal(state[name].float(), read[name])])
+    refuse_differing([name for name in state if not torch.equal(state[name].float(), read[name].cpu())])
     return found
 
 

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from a1q.distill.losses import ASSISTANT
 from a1q.engine.stage import Outcome, PlanContext, Stage, StageContext
 from a1q.errors import MismatchError
 from a1q.quant.bits import disk_bytes
 from a1q.quant.forms import check_form, form_bytes, form_note, set_form
-from a1q.training.distillation import BatchConfig, Distillation, Objective, require_said
+from a1q.training.distillation import BatchConfig, Distillation, Objective
 from a1q.training.freezing import check_freeze, still_snapped
 from a1q.training.layers import LayerwiseConfig, planned_turns, turn_bytes, turns_note, turns_of
 from a1q.training.parameters import NORMS
@@ -21,6 +20,7 @@ from a1q.training.planning import (
     check_batch,
     check_teacher,
     checkpoint_note,
+    kept_note,
     listed,
     online_bytes,
     quantized_targets,
@@ -79,7 +79,7 @@ class TrainStage(Stage):
     With `layerwise` the decoder layers train one after the other (`a1q.training.layerwise`).
     """
 
-    version = 5
+    version = 6
     parallel = True
     Config = TrainConfig
 
@@ -131,6 +131,7 @@ class TrainStage(Stage):
             notes=(
                 f"trains {', '.join(config.trainable)} of {len(targets)} modules",
                 *listed(targets),
+                *kept_note(config.objective, config.keep),
                 *form_note(config.form, formed),
                 *(turns_note(turns, config) if turns else [checkpoint_note(trained, config.ema is not None)]),
             ),
@@ -165,8 +166,6 @@ class TrainStage(Stage):
         note_rounding(ctx, config.straight_through_fp16)
         cache = TeacherCache(teacher.path)
         require_cache_of(source.path, cache.meta, f"stages.{ctx.id}.objective.kd")
-        if config.objective.targets == ASSISTANT:
-            require_said(cache, f"stages.{ctx.id}.objective.targets")
         model = load_model(source.path, device=device)
         modules = dict(quantized_modules(model))
         chosen = select_modules(modules, ctx.groups, config.groups)
@@ -196,6 +195,7 @@ class TrainStage(Stage):
             ctx.seed,
             config.evaluate_sequences,
             load_teacher(teacher, ctx.inputs.get("teacher_model"), device) if config.objective.online else None,
+            f"stages.{ctx.id}.objective.targets",
         )
         model.train()
         if config.recompute:

@@ -7,7 +7,7 @@ value decomposition U_r S_r V_rᵀ of (W - Ŵ) R times R⁻¹; without statistic
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -21,18 +21,29 @@ DAMPING = 1e-3
 
 
 def error_adapters(
-    modules: Mapping[str, QuantModule], dense: Any, statistics: Statistics | None, rank: int
+    modules: Mapping[str, QuantModule],
+    dense: Any,
+    statistics: Statistics | None,
+    rank: int,
+    progress: Callable[[int, int], None],
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Name -> A [rank, in], B [out, rank] fp32 with B A near to W - Ŵ, W being the weight of that name in `dense`.
+
+    A module that lost nothing is left out: zeros on both sides never train.
+
+    Args:
+        progress: called with modules done and modules in all.
 
     Raises:
         StageError: if the statistics are damaged.
     """
     found = {}
-    for name, module in modules.items():
+    for step, (name, module) in enumerate(modules.items(), 1):
         inputs = statistics.inputs(name) if statistics is not None else None
         lost = dense.get_submodule(name).weight.detach().to(module.indices.device) - module.weight.detach()
-        found[name] = nearest_of_rank(lost, None if inputs is None else inputs.gram, rank)
+        if bool(lost.any()):
+            found[name] = nearest_of_rank(lost, None if inputs is None else inputs.gram, rank)
+        progress(step, len(modules))
     return found
 
 

@@ -28,13 +28,16 @@ def attach_adapters(model: nn.Module, names: Iterable[str], rank: int, alpha: fl
 
 
 def fill_adapters(peft_model: Any, tensors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-    """Let every wrapped linear begin with its B A [out, in], of A [rank, in] and B [out, rank], whatever its alpha."""
+    """Let wrapped linears begin with their B A [out, in], of A [rank, in] and B [out, rank], whatever their alpha.
+
+    Those that `tensors` doesn't name stay as they are.
+    """
     import torch
     from peft.tuners.lora import LoraLayer
 
     with torch.no_grad():
         for name, layer in peft_model.get_base_model().named_modules():
-            if isinstance(layer, LoraLayer):
+            if isinstance(layer, LoraLayer) and name in tensors:
                 each = abs(layer.scaling[ADAPTER]) ** 0.5
                 for part, tensor in zip((layer.lora_A, layer.lora_B), tensors[name], strict=True):
                     part[ADAPTER].weight.copy_(tensor / each)

@@ -94,11 +94,13 @@ class Distillation:
         seed: int,
         evaluate_sequences: int,
         teacher: Any = None,
+        path: str = "",
     ):
         """Check that student, cache and objective fit each other.
 
         Args:
             teacher: the model behind the cache, on the student's device, where the objective is `online`.
+            path: of the recipe's option that says `targets`.
 
         Raises:
             MismatchError: if the vocabularies differ, or with `local` the layers.
@@ -122,7 +124,7 @@ class Distillation:
         if not cache.size("train"):
             raise StageError(f"the teacher cache {cache.folder} has no training sequences")
         if objective.targets == ASSISTANT:
-            require_said(cache)
+            require_said(cache, path)
         from a1q.training.step_loss import DistillationLoss
 
         self.model, self.cache, self.batch, self.seed = model, cache, batch, seed

@@ -95,8 +95,8 @@ class _Layerwise:
                 trained = found.values["place"]
                 result = self._restore(self.turns[trained], found.tensors, found.values["result"])
             else:
-                trained = place - self._goes_back(place)
-                result = self._train(trained, len(self.turns) - place + (trained < place))
+                trained = place - 1 if self._goes_back(place) else place
+                result = self._train(trained, len(self.turns) - trained)
             self.last[trained] = result
             self.results.append(result)
             if trained < place:
@@ -260,7 +260,8 @@ class _Layerwise:
         first, last, steps = self.results[0], self.results[-1], self._steps
         before = [sum(result.steps for result in self.results[:number]) for number in range(len(self.results))]
         best = max((number for number, result in enumerate(self.results) if result.best_step), default=0)
-        busy = sum(result.steps / result.tokens_per_second for result in self.results if result.tokens_per_second)
+        timed = [result for result in self.results if result.tokens_per_second]  # not those resumed at their end
+        busy = sum(result.steps / result.tokens_per_second for result in timed)
         return LoopResult(
             steps=steps,
             skipped=sum(result.skipped for result in self.results),
@@ -271,7 +272,7 @@ class _Layerwise:
             best_tune=last.best_tune,
             best_step=before[best] + self.results[best].best_step,
             kept_step=before[-1] + last.kept_step,
-            tokens_per_second=steps / busy if busy else 0.0,
+            tokens_per_second=sum(result.steps for result in timed) / busy if busy else 0.0,
             seconds=sum(result.seconds for result in self.results),
             resumed_from=steps if self.restored and self.resumed_from is None else self.resumed_from,
         )

@@ -53,6 +53,16 @@ def check_teacher(ctx: PlanContext, objective: Objective, view: ModelView) -> No
     if objective.online and objective.tail != "negatives":
         message = f"`tail: {objective.tail}` is about a cached teacher; online, the whole vocabulary counts"
         ctx.recipe_problem("objective.tail", message, "leave `tail` out")
+    if not objective.kl and (objective.temperature != 1.0 or objective.tail != "negatives"):
+        option = "temperature" if objective.temperature != 1.0 else "tail"
+        ctx.recipe_problem(
+            f"objective.{option}",
+            f"`{option}` is about the divergence, which has no weight here",
+            f"leave `{option}` out, or `kl: 0`",
+        )
+    if objective.targets == ASSISTANT and not (objective.kl or objective.hard_top1 or objective.hard_full):
+        message = f"`targets: {ASSISTANT}` is about predictions, and `local` is about hidden states at every position"
+        ctx.recipe_problem("objective.targets", message, "leave `targets` out")
     if objective.local and not objective.online:
         message = "the cache has no hidden states to compare with; they are those of a teacher that runs along"
         ctx.recipe_problem("objective.local", message, "put `online: true` beside it")
@@ -78,6 +88,15 @@ def check_teacher(ctx: PlanContext, objective: Objective, view: ModelView) -> No
     vocabulary, own = teacher.get("vocabulary"), view.config.get("vocab_size")
     if vocabulary and own and vocabulary != own:
         ctx.mismatch("objective.kd", f"the teacher's vocabulary is {vocabulary}, the student's {own}")
+
+
+def kept_note(objective: Objective, keep: str) -> list[str]:
+    """Say by what the best is chosen, where that isn't what training minimizes."""
+    if objective.kl or keep != "best":
+        return []
+    return [
+        "the best is kept by held-out KL, which this objective doesn't lower: `keep: last` takes what training made"
+    ]
 
 
 def check_batch(ctx: PlanContext, batch: BatchConfig) -> None:

@@ -57,10 +57,14 @@ class DistillationLoss(nn.Module):
             return self._online(batch, terms, local, heads)
         if not local:
             return self._cached(batch, terms, heads)
-        with autocast(self.runtime), torch.no_grad(), layer_outputs(self._teachers[0]) as theirs:
+        with (
+            autocast(self.runtime),
+            torch.no_grad(),
+            layer_outputs(self._teachers[0], True, self.local_layer) as theirs,
+        ):
             _run(self._teachers[0], batch.tokens, states=True)
-        with layer_outputs(self.student) as ours:
-            found = self._cached(batch, terms, heads)
+        with layer_outputs(self.student, True, self.local_layer) as ours:
+            found = self._cached(batch, terms, heads) if terms.hard else self._nothing_said(batch)
         return _with_local(*found, local, ours, theirs)
 
     def heads(self) -> list[Head] | None:
@@ -81,6 +85,12 @@ class DistillationLoss(nn.Module):
             states = _run(self.student, batch.tokens, states=True)
             said = heads[0].partitions_and_picked(states, asked_of(batch, terms), terms.temperatures)
         return loss_of(*said, batch, terms)
+
+    def _nothing_said(self, batch: TeacherBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """A forward pass whose logits nobody asks for."""
+        with autocast(self.runtime):
+            _run(self.student, batch.tokens, states=True)
+        return torch.zeros((), device=batch.tokens.device), {}
 
     def _online(
         self, batch: TeacherBatch, terms: Terms, local: float, heads: list[Head] | None

@@ -12,6 +12,7 @@ from a1q.data import conversational, read_sequences
 from a1q.data.bpe import CHAT_TEMPLATE, train_tokenizer
 from a1q.data.chat import Chat, UnclearError
 from a1q.data.sequences import load_tokenizer
+from a1q.errors import StageError
 from tests.data.text import sentence
 
 MARKING = (
@@ -81,7 +82,7 @@ def test_what_stands_before_the_last_answer_alone(folder: Path) -> None:
     ("template", "messages", "reason"),
     [
         (OPENING, TALK, "writes an answer's beginning otherwise"),
-        (PICKY, TALK[1:], "refuses a beginning of the conversation: .*in pairs"),
+        (PICKY, TALK[1:], "of a beginning of the conversation, .*in pairs"),
         (CHAT_TEMPLATE, (TALK[1], {"role": "assistant", "content": "\n\nSo."}), "inside a token"),
         (THOUGHTFUL, (TALK[1], {"role": "assistant", "content": ""}, *TALK), "otherwise once others follow"),
     ],
@@ -92,6 +93,12 @@ def test_what_cannot_be_told_is_said(
     use(folder, template)
     with pytest.raises(UnclearError, match=reason):
         said(folder, messages)
+
+
+def test_a_conversation_that_the_template_refuses_is_no_crash(folder: Path) -> None:
+    use(folder, PICKY)
+    with pytest.raises(StageError, match=r"refuses a conversation of system, user, assistant, .*in pairs"):
+        Chat(folder, load_tokenizer(folder)).text(TALK)
 
 
 def test_sequences_carry_the_marks(folder: Path, tmp_path: Path) -> None:

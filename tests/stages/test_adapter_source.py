@@ -72,6 +72,27 @@ def test_what_does_not_fit_is_said_at_its_line(place: Path, tmp_path: Path, monk
 
 
 @pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("[]", "holds no JSON object"),
+        ("{", "is no whole adapter"),
+        ('{"peft_type": "LORA"}', "doesn't say the alpha"),
+        ('{"lora_alpha": "x"}', "doesn't say the alpha"),
+        ('{"lora_alpha": 8, "alpha_pattern": {"(": 1}}', "doesn't say the alpha"),
+        ('{"lora_alpha": 8, "alpha_pattern": [1]}', "doesn't say the alpha"),
+    ],
+)
+def test_a_damaged_config_is_no_crash(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, reason: str
+) -> None:
+    monkeypatch.setenv("A1Q_HOME", str(tmp_path / "home"))
+    adapter = peft_folder(tmp_path / "adapter", "model.layers.0.mlp.up_proj")
+    (adapter / "adapter_config.json").write_text(text, encoding="utf-8")
+    done = a1q("plan", written(place, tmp_path, adapter))
+    assert done.exit_code == 3 and reason in done.output and "Traceback" not in done.output, done.output
+
+
+@pytest.mark.parametrize(
     ("objective", "reason"),
     [
         (", kl: 0", "every weight is 0"),

@@ -73,8 +73,8 @@ def test_the_published_conversion_stands_beside_ours(tmp_path: Path, built: dict
 
 
 def test_what_has_no_published_conversion_is_not_compared(built: dict[str, Artifact]) -> None:
-    def problems(**options: object) -> list[str]:
-        views = {"model": view_of(built["model"]), "teacher": {"vocabulary": 320}}
+    def problems(held_out: int = 4, **options: object) -> list[str]:
+        views = {"model": view_of(built["model"]), "teacher": {"vocabulary": 320, "tune_sequences": held_out}}
         found = plan("convert", views, {"rules": {"mlp": {"bits": 2}}, "compare": "published", **options})[1]
         assert {path for path, *_ in found} <= {"compare"}
         return [message for _, message, *_ in found]
@@ -83,6 +83,7 @@ def test_what_has_no_published_conversion_is_not_compared(built: dict[str, Artif
     assert "unlike model.layers.{0..1}.mlp.down_proj" in problems(rules={"mlp": {"scheme": "lut"}})[0]
     assert "is what would be compared with" in problems(method="published")[0]
     assert "no KL to compare" in problems(kl_sequences=0)[0]
+    assert "no KL to compare" in problems(held_out=0)[0]
 
 
 @pytest.mark.parametrize("method", ["exact", "published"])

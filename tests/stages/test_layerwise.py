@@ -162,13 +162,26 @@ def test_layers_below_are_not_computed_again(
 
 
 @pytest.mark.parametrize("layer", [0, 1])
-def test_the_local_term_is_that_layers_error_alone(tmp_path: Path, inputs: dict[str, Artifact], layer: int) -> None:
-    """Against the formula in float64; the divergence beside it is the whole model's."""
+@pytest.mark.parametrize("others", ["whole", "top1", "nothing"])
+def test_the_local_term_is_that_layers_error_alone(
+    tmp_path: Path, inputs: dict[str, Artifact], layer: int, others: str
+) -> None:
+    """Against the formula in float64, whatever stands beside it; a divergence there is the whole model's."""
     from a1q.distill.cache import TeacherCache
     from a1q.training.batches import batch_rows
 
+    objective = {
+        "whole": ONLINE,
+        "top1": {**ONLINE, "kl": 0},
+        "nothing": {"kd": "teacher", "online": True, "kl": 0, "local": 1.0},
+    }[others]
     ctx = train(
-        tmp_path, inputs, objective=ONLINE, steps=1, layerwise={"layers": [layer, layer]}, straight_through_fp16=False
+        tmp_path,
+        inputs,
+        objective=objective,
+        steps=1,
+        layerwise={"layers": [layer, layer]},
+        straight_through_fp16=False,
     )
     (told,) = ctx.meta["progress"]
     cache = TeacherCache(inputs["teacher"].path)
@@ -179,8 +192,11 @@ def test_the_local_term_is_that_layers_error_alone(tmp_path: Path, inputs: dict[
         q, p = (model(input_ids=tokens).logits.log_softmax(-1) for model in models)
     errors = (ours - theirs).square().sum(-1) / theirs.square().sum(-1)
     assert told["local"] == pytest.approx(float(errors.mean()), rel=1e-5)
-    assert told["kl"] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-5)
-    assert told["loss"] == pytest.approx(told["kl"] + told["local"] + 0.2 * told["hard_top1"], rel=1e-6)
+    if others == "whole":
+        assert told["kl"] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-5)
+    assert ("kl" in told, "hard_top1" in told) == (others == "whole", others != "nothing")
+    rest = told.get("kl", 0.0) + 0.2 * told.get("hard_top1", 0.0)
+    assert told["loss"] == pytest.approx(told["local"] + rest, rel=1e-6)
 
 
 def test_every_turn_reads_on_in_the_data(
@@ -407,7 +423,7 @@ def test_names_say_the_layer_that_the_model_has() -> None:
     [
         ("layerwise: {}", "layerwise: {layers: [2, 4]}", "layer 4 is outside the model: its 4 layers are 0 to 3"),
         ("groups: [mlp, attn]", "groups: [embed]", "model.embed_tokens: in no decoder layer"),
-        ("layerwise: {}", "layerwise: {layers: [0]}", "layers"),
+        ("layerwise: {}", "layerwise: {layers: [0]}", "at least 2"),
         ("layerwise: {}", "layerwise: {layer: [0, 1]}", "did you mean 'layers'?"),
     ],
 )

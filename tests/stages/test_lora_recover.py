@@ -190,13 +190,20 @@ def plan(
     prepared: list[str] | None = None,
     chats: bool | None = None,
     adapter_view: Any = None,
+    tune_sequences: int = 4,
     **options: Any,
 ) -> tuple[Any, list[tuple[str, str]]]:
     problems: list[tuple[str, str]] = []
     config = stage_config("lora_recover", {"objective": {"kd": "teacher"}, **options})
     views = {
         "model": view(**states),
-        "teacher": {"vocabulary": 320, "seq_len": 16, "random_negatives": 32, "chats": chats},
+        "teacher": {
+            "vocabulary": 320,
+            "seq_len": 16,
+            "random_negatives": 32,
+            "chats": chats,
+            "tune_sequences": tune_sequences,
+        },
     }
     views |= {} if prepared is None else {"statistics": {"prepared": prepared}}
     views["adapter"] = adapter_view
@@ -229,16 +236,56 @@ def test_plan_refuses_objectives_that_ask_for_nothing_or_for_too_much() -> None:
         ({"kl": 0}, "objective.kl", "every weight is 0"),
         ({"kl": 0, "hard_full": 1, "online": True}, "objective.online", "nothing else asks a teacher"),
         ({"targets": "assistant"}, "objective.targets", "the data of `teacher` are plain text"),
+        ({"kl": 0, "hard_full": 1, "temperature": 2}, "objective.temperature", "is about the divergence"),
+        ({"kl": 0, "hard_full": 1, "tail": "bucket"}, "objective.tail", "is about the divergence"),
+        (
+            {"kl": 0, "local": 1, "online": True, "targets": "assistant"},
+            "objective.targets",
+            "`local` is about hidden states",
+        ),
     ):
-        _, problems = plan({"gate": "quantized"}, chats=False, objective={"kd": "teacher", **objective})
+        chats = False if where == "objective.targets" and "local" not in objective else None
+        _, problems = plan({"gate": "quantized"}, chats=chats, objective={"kd": "teacher", **objective})
         assert [path for path, _ in problems] == [where] and reason in problems[0][1]
     for chats, objective in (
-        (False, {"kl": 0, "hard_full": 1, "temperature": 2, "tail": "bucket"}),
+        (False, {"kl": 0, "hard_full": 1}),
         (False, {"kl": 0, "local": 1, "online": True}),
         (True, {"kl": 0, "hard_full": 1, "targets": "assistant"}),
         (None, {"targets": "assistant"}),
     ):
         assert plan({"gate": "quantized"}, chats=chats, objective={"kd": "teacher", **objective})[1] == []
+
+
+def test_plan_refuses_what_would_do_nothing() -> None:
+    for options, where, reason in (
+        ({"refit_weights": 0.03, "merge": "adapter"}, "refit_weights", "merges nothing"),
+        ({"refit_weights": 0.03, "refit_steps": 0}, "refit_weights", "nothing trains after the merge"),
+    ):
+        _, problems = plan({"gate": "quantized"}, **options)
+        assert [path for path, _ in problems] == [where] and reason in problems[0][1]
+    _, problems = plan({"gate": "quantized"}, tune_sequences=0)
+    assert [path for path, _ in problems] == ["objective.kd"] and "no held-out part" in problems[0][1]
+
+
+def test_plan_says_by_what_the_best_is_kept() -> None:
+    plain = {"kd": "teacher", "kl": 0, "hard_full": 1}
+    for options, told in (({}, 0), ({"objective": plain}, 1), ({"objective": plain, "keep": "last"}, 0)):
+        outcome, _ = plan({"gate": "quantized"}, **options)
+        assert sum("kept by held-out KL" in note for note in outcome.notes) == told
+
+
+@pytest.mark.parametrize("state", ["quantized", "dense"])
+def test_what_quantizing_lost_is_compared_with_a_dense_model(state: str) -> None:
+    problems: list[tuple[str, str]] = []
+    config = stage_config("lora_recover", {"objective": {"kd": "teacher"}, "start": "error", "rank": 2})
+    views = {
+        "model": view(gate="quantized"),
+        "teacher": {"vocabulary": 320, "seq_len": 16, "random_negatives": 32},
+        "teacher_model": view(gate=state),
+    }
+    ctx = PlanContext("recover", config, views, GROUPS, {}, lambda path, message, *_: problems.append((path, message)))
+    LoraRecoverStage().plan(ctx)
+    assert [path for path, _ in problems] == ["start"] * (state == "quantized")
 
 
 def test_supervised_fine_tuning_of_an_adapter(tmp_path: Path, inputs: dict[str, Artifact]) -> None:
@@ -370,7 +417,7 @@ def test_adapters_that_begin_with_what_quantizing_lost(tmp_path: Path, inputs: d
 def test_a_start_that_does_harm_is_said_aloud_and_undone(
     tmp_path: Path, inputs: dict[str, Artifact], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def noise(modules: Any, dense: Any, statistics: Any, rank: int) -> Any:
+    def noise(modules: Any, dense: Any, statistics: Any, rank: int, progress: Any) -> Any:
         random = torch.Generator().manual_seed(2)
         sizes = {name: module.shape for name, module in modules.items()}
         return {

@@ -47,6 +47,13 @@ def test_rounding_is_a_line_of_the_report(tmp_path: Path, inputs: dict[str, Arti
         run("snap", tmp_path, gone, {"teacher": "teacher"})
 
 
+def test_a_cache_without_a_held_out_part_measures_nothing(tmp_path: Path) -> None:
+    bare = build(tmp_path / "bare", tune=0)
+    for stage, options in (("snap", {}), ("convert", {"rules": {"mlp": {"bits": 1}}})):
+        _, ctx = run(stage, tmp_path / stage, bare, options)
+        assert not any(name.startswith("kl_") for name in ctx.metrics)
+
+
 def test_kl_before_is_that_of_unrounded_parts(tmp_path: Path, inputs: dict[str, Artifact]) -> None:
     """Also where training saw rounded ones: same indices, same figure."""
 

@@ -1,7 +1,9 @@
 import pytest
 import torch
+from torch import nn
 
-from a1q.training.adapter_start import DAMPING, nearest_of_rank
+from a1q.quant.linear import QuantLinear
+from a1q.training.adapter_start import DAMPING, error_adapters, nearest_of_rank
 
 ROWS, COLUMNS = 12, 9
 
@@ -53,8 +55,21 @@ def test_without_statistics_it_is_the_truncated_svd() -> None:
     assert cost(error - weighed[1] @ weighed[0], gram) < 0.9 * cost(error - b.double() @ a.double(), gram)
 
 
-def test_inputs_that_never_occur_and_errors_that_are_nothing() -> None:
+def test_inputs_that_never_occur() -> None:
     error, gram = setting()
     gram[0] = gram[:, 0] = 0
-    for start in (nearest_of_rank(error, gram, 2), nearest_of_rank(torch.zeros_like(error), gram, 2)):
-        assert all(bool(torch.isfinite(part).all()) for part in start)
+    assert all(bool(torch.isfinite(part).all()) for part in nearest_of_rank(error, gram, 2))
+
+
+def test_a_module_that_lost_nothing_is_left_out() -> None:
+    """Its adapter begins at random: zeros on both sides have no gradient."""
+    spec = {"scheme": "balanced", "bits": 2}
+    dense = nn.ModuleDict({name: nn.Linear(COLUMNS, ROWS, bias=False) for name in ("exact", "rounded")})
+    modules = {name: QuantLinear.quantize(dense[name], spec, keep_latent=False) for name in dense}
+    dense["exact"].weight.data = modules["exact"].dequantize()
+    told: list[tuple[int, int]] = []
+    found = error_adapters(modules, dense, None, 2, lambda step, total: told.append((step, total)))
+    assert set(found) == {"rounded"} and told == [(1, 2), (2, 2)]
+    a, b = found["rounded"]
+    lost = dense["rounded"].weight.detach() - modules["rounded"].dequantize()
+    assert float((lost - b @ a).norm()) < float(lost.norm())
