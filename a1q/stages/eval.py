@@ -17,6 +17,8 @@ OWN = ("ppl", "bpw", "bpw_model")
 """Metrics of the model alone."""
 COMPARED = ("kl", "teacher_ppl", "top1")
 """Metrics that need a teacher."""
+ORDER = 0
+"""Seed of the order of the test documents: every stage and recipe reads the same text, so that figures compare."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class EvalConfig:
 class EvalStage(Stage):
     """Measure a model; the figures are kept even when a gate fails."""
 
+    version = 2
     Config = EvalConfig
 
     def plan(self, ctx: PlanContext) -> Outcome:
@@ -78,7 +81,7 @@ class EvalStage(Stage):
         assert model is not None
         teacher = _load_teacher(ctx, model, device)
         length = entry.config["seq_len"]
-        tokens = token_sequences(entry.config, model.path, "test", length, config.sequences, ctx.seed)
+        tokens = token_sequences(entry.config, model.path, "test", length, config.sequences, ORDER)
         student = load_model(model.path, device=device)
         set_form(config.form, (module for _, module in quantized_modules(student)))
         found = evaluate_model(

@@ -39,13 +39,13 @@ def run_stage(stage, options, inputs, entry, folder: Path, **more) -> StageConte
     return context
 
 
-def make_context(stage, options, inputs, entry, folder: Path, **more) -> StageContext:
+def make_context(stage, options, inputs, entry, folder: Path, seed=5, **more) -> StageContext:
     for name in ("out", "scratch"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     return StageContext(
         id="it",
         config=build_config(stage.Config, options),
-        seed=5,
+        seed=seed,
         inputs=inputs,
         out=folder / "out",
         scratch=folder / "scratch",
