@@ -51,6 +51,15 @@ def loss(hard: dict[str, str]) -> Factor:
     return Factor("loss", tuple(f"stages.{stage}.objective={{{LOSS}, {labels}}}" for stage, labels in hard.items()))
 
 
+def mixed(hard: dict[str, str]) -> Factor:
+    """The published loss of layers by themselves: half the layer's own error, half the whole model's divergence.
+
+    The divergence was of a cache's candidates; beside `local`, whose states no cache holds, it is of all.
+    """
+    terms = "kd: teacher, online: true, temperature: 2, kl: 0.5, local: 0.5"
+    return Factor("loss", tuple(f"stages.{stage}.objective={{{terms}{labels}}}" for stage, labels in hard.items()))
+
+
 SCALES, WEIGHTS = "hard_full: 0.0005", "hard_top1: 0.1, hard_full: 0.0005"
 """Hard labels of the scripts that train scales first, then weights."""
 FACTORED = "hard_top1: 0.2, hard_full: 0.00005"
@@ -100,11 +109,17 @@ WORKFLOWS = (
     ),
     Workflow(
         "layerwise",
-        (Factor("start", ("stages.q2a4.rules.mlp.fit=absmax_svd", "stages.q2a4.rules.attn.fit=absmax_svd")),),
+        (
+            Factor("start", ("stages.q2a4.rules.mlp.fit=absmax_svd", "stages.q2a4.rules.attn.fit=absmax_svd")),
+            mixed({"scales": "", "weights": ", hard_top1: 0.1"}),
+        ),
     ),
     Workflow(
         "progressive",
-        (Factor("start", ("stages.q2a4.rules.mlp.fit=absmax_svd", "stages.q2a4.rules.attn.fit=absmax_svd")),),
+        (
+            Factor("start", ("stages.q2a4.rules.mlp.fit=absmax_svd", "stages.q2a4.rules.attn.fit=absmax_svd")),
+            mixed({"mlps": ", hard_top1: 0.1", "attention": ", hard_top1: 0.1"}),
+        ),
     ),
     Workflow(
         "apple_2bit",
