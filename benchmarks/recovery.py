@@ -26,7 +26,7 @@ LABELS = {
     "plain": "plain training",
     "random": "adapters from nothing, kept",
     "error": "adapters from what quantizing lost, kept",
-    "refit": "adapters from nothing, merged by a refit",
+    "refit": "the same merged by a refit, and 40 steps of that",
 }
 """Stage of the recipe -> row."""
 RECOVERED, KEPT = 0.8, 0.5
