@@ -25,8 +25,8 @@ LABELS = {
     "trained": "before",
     "plain": "plain training",
     "random": "adapters from nothing, kept",
-    "error": "adapters from what quantizing lost, kept",
     "refit": "the same merged by a refit, and 40 steps of that",
+    "error": "adapters from what quantizing lost, kept",
 }
 """Stage of the recipe -> row."""
 RECOVERED, KEPT = 0.8, 0.5
@@ -85,7 +85,7 @@ def main() -> int:
             save("recovery", rows)
     header = ["from one model, 40 steps of", "bits per weight", "KL", "over before", "over plain training"]
     print_table("Recovery at two bits, built-in model, test side", [*header, "cross-entropy"], table(rows))
-    before, plain, random, error, refit = (row["kl"] for row in rows)
+    before, plain, random, refit, error = (row["kl"] for row in rows)
     missed = []
     if min(random, error) > RECOVERED * plain:
         missed.append(f"adapters end at {min(random, error) / plain:.3f} of plain training, wanted {RECOVERED}")
