@@ -40,6 +40,13 @@ class Sequences:
     """Conversations among them of which it can't be told; no token of theirs is marked."""
     reason: str = ""
     """Why, of the first of them."""
+    separate: bool = False
+    """Whether attention is to stay within a document (option `attention` of the data entry)."""
+
+    @property
+    def borders(self) -> numpy.ndarray | None:
+        """`starts` where attention is to stay within a document, else None; see `a1q.models.positions.passed`."""
+        return self.starts if self.separate else None
 
 
 def documents(config: Mapping[str, Any], split: str) -> Iterator[str]:
@@ -76,7 +83,7 @@ def read_sequences(
     """Token sequences of one side: documents shuffled by `seed`, joined by the end-of-text token, cut in blocks.
 
     Args:
-        config: a data entry.
+        config: a data entry; `attention` None separates documents where a conversation is among them.
         tokenizer_folder: a model's folder with tokenizer.json; conversations also need its chat template.
         count: how many sequences; None for all there are.
         seed: of the order; the sequences for a smaller count are the first of those for a larger one.
@@ -118,10 +125,10 @@ def read_sequences(
     begins = numpy.zeros(size, dtype=bool)
     begins[numpy.cumsum([0, *map(len, parts[:-1])])] = True
     tokens, starts = (flat[: rows * seq_len].reshape(rows, seq_len) for flat in (numpy.concatenate(parts), begins))
-    if not chats.clear:
-        return Sequences(tokens, starts, templated, None, chats.unclear, chats.reason)
-    known = numpy.concatenate(said)[: rows * seq_len].reshape(rows, seq_len)
-    return Sequences(tokens, starts, templated, known, chats.unclear, chats.reason)
+    asked = config.get("attention")
+    separate = templated if asked is None else asked == "document"
+    known = numpy.concatenate(said)[: rows * seq_len].reshape(rows, seq_len) if chats.clear else None
+    return Sequences(tokens, starts, templated, known, chats.unclear, chats.reason, separate)
 
 
 def load_tokenizer(folder: Path) -> tuple[Tokenizer, int]:

@@ -75,6 +75,13 @@ class TeacherBatch:
     (`TeacherCache.target_share`); None for this batch."""
     said: Tensor | None = None
     """bool [B, L], tokens that an assistant said; None where the cache doesn't know."""
+    separate: bool = False
+    """Whether the teacher was asked about every document by itself."""
+
+    @property
+    def borders(self) -> Tensor | None:
+        """`starts` where attention is to stay within a document, else None; see `a1q.models.positions.passed`."""
+        return self.starts if self.separate else None
 
     @property
     def targets(self) -> float | None:
@@ -160,6 +167,8 @@ class TeacherCache:
         self.temperatures: Sequence[float] = tuple(self.meta.get("temperatures", ()))
         self.knows_who: bool = self.meta.get("said") is not None
         """Whether it says which tokens an assistant said."""
+        self.separate: bool = bool(self.meta.get("separate"))
+        """Whether the teacher was asked about every document by itself, as students then have to be."""
         self._per_shard = max(self.meta["shard_sequences"], 1)
         self._shards: dict[str, dict[int, dict[str, np.ndarray]]] = {part: {} for part in PARTS}
         self._finished = dict.fromkeys(PARTS, 0)
@@ -222,6 +231,7 @@ class TeacherCache:
             starts=tensor(starts, np.bool_),
             partitions=dict(zip(self.temperatures, partitions, strict=True)),
             said=said,
+            separate=self.separate,
         )
 
     def target_share(self, rows: Sequence[int], part: str = "train", said: bool = False) -> float:

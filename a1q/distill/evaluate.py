@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from a1q.distill.divergence import kl
+from a1q.models.positions import passed
 
 if TYPE_CHECKING:
     import torch
@@ -20,6 +21,7 @@ def evaluate_model(
     teacher: torch.nn.Module | None,
     tokens: np.ndarray,
     *,
+    borders: np.ndarray | None = None,
     batch_size: int = 8,
     device: torch.device | str = "cpu",
     progress: Callable[[int, int], None] | None = None,
@@ -32,12 +34,15 @@ def evaluate_model(
         student: on `device`; left in the mode (training or evaluation) it came in. So is `teacher`.
         teacher: None for the figures of the student alone.
         tokens: integers [n, L], L >= 2.
+        borders: bool [n, L], where documents begin that attention stays within, and whose first token nothing
+            predicts; None: each sequence is one text.
         progress: called with (sequences done, n) after every batch.
 
     Returns:
-        `loss`: cross-entropy of the next token, nats per token, over the L - 1 predictions of every sequence;
-        `ppl`: its exponential; `tokens`: n · L. With a teacher also `teacher_ppl`, and over all n · L positions
-        `kl`: KL(teacher || student) in nats per token, and `top1`: the share where both rank the same token first.
+        `loss`: cross-entropy of the next token, nats per token, over the L - 1 predictions of every sequence, less
+        those across `borders`; `ppl`: its exponential; `tokens`: n · L. With a teacher also `teacher_ppl`, and over all
+        n · L positions `kl`: KL(teacher || student) in nats per token, and `top1`: the share where both rank the same
+        token first.
     """
     import torch
 
@@ -47,14 +52,19 @@ def evaluate_model(
         model.eval()
     losses = [0.0 for _ in models]
     divergence, agreed = 0.0, 0
+    predicted = np.ones((len(tokens), tokens.shape[1] - 1), dtype=bool) if borders is None else ~borders[:, 1:]
     with torch.inference_mode():
         for first in range(0, len(tokens), batch_size):
-            ids = torch.from_numpy(np.asarray(tokens[first : first + batch_size], dtype=np.int64)).to(device)
-            outputs = [model(input_ids=ids, use_cache=False).logits for model in models]
+            some = slice(first, first + batch_size)
+            ids = torch.from_numpy(np.asarray(tokens[some], dtype=np.int64)).to(device)
+            begins = None if borders is None else torch.from_numpy(borders[some].copy())
+            outputs = [model(**passed(ids, begins)).logits for model in models]
             for row in range(len(ids)):
+                counted = torch.from_numpy(predicted[first + row])
                 log_probs = [torch.log_softmax(logits[row].float(), dim=-1) for logits in outputs]
                 for index, item in enumerate(log_probs):
-                    losses[index] -= _float64(item[:-1].gather(-1, ids[row, 1:, None])).sum().item()
+                    said = _float64(item[:-1].gather(-1, ids[row, 1:, None]))[:, 0]
+                    losses[index] -= said[counted].sum().item()
                 if teacher is not None:
                     divergence += _float64(kl(log_probs[1], log_probs[0])).sum().item()
                     agreed += int((log_probs[0].argmax(dim=-1) == log_probs[1].argmax(dim=-1)).sum())
@@ -64,7 +74,7 @@ def evaluate_model(
         model.train(mode)
 
     count, length = tokens.shape
-    means = [loss / (count * (length - 1)) for loss in losses]
+    means = [loss / max(int(predicted.sum()), 1) for loss in losses]
     found: dict[str, float] = {"loss": means[0], "ppl": _exp(means[0]), "tokens": count * length}
     if teacher is not None:
         found["teacher_ppl"] = _exp(means[1])

@@ -33,10 +33,11 @@ def kl_meter(ctx: StageContext, device: Any) -> Callable[[Any], float] | None:
     count = min(ctx.config.kl_sequences, cache.size("tune"))
     if count == 0:
         return None
-    tokens = cache.batch(numpy.arange(count), "tune").tokens.numpy()
+    text = cache.batch(numpy.arange(count), "tune")
+    tokens, borders = text.tokens.numpy(), None if text.borders is None else text.borders.numpy()
     teacher = load_teacher(artifact, ctx.inputs.get("teacher_model"), device)
 
     def measure(model: Any) -> float:
-        return evaluate_model(model, teacher, tokens, device=device, progress=ctx.progress)["kl"]
+        return evaluate_model(model, teacher, tokens, borders=borders, device=device, progress=ctx.progress)["kl"]
 
     return measure

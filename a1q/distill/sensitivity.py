@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from a1q.distill.divergence import precise_kl
 from a1q.models.blocks import BlockStream
+from a1q.models.positions import passed
 from a1q.quant.fitter import class_for
 from a1q.quant.importance import Inputs
 from a1q.quant.module import naming
@@ -24,20 +25,25 @@ class Divergences:
     states at two boundaries between layers for all sequences, and the logits of one batch twice.
     """
 
-    def __init__(self, model: nn.Module, tokens: ndarray, batch_size: int):
-        """Take a model in evaluation mode, and integers [n, L].
+    def __init__(self, model: nn.Module, tokens: ndarray, batch_size: int, borders: ndarray | None = None):
+        """Take a model in evaluation mode, integers [n, L], and bool [n, L], where documents begin that attention
+        stays within; None: it sees all before.
 
         Raises:
             StageError: if the model has no list of decoder layers.
         """
         self._model: Any = model
         self._ids = [torch.from_numpy(tokens[i : i + batch_size]).long() for i in range(0, len(tokens), batch_size)]
+        self._borders = [
+            None if borders is None else torch.from_numpy(borders[i : i + batch_size].copy())
+            for i in range(0, len(tokens), batch_size)
+        ]
         self._tokens = tokens.size
-        stream = BlockStream(model, tokens, batch_size)
+        stream = BlockStream(model, tokens, batch_size, borders)
         for index in range(len(stream.names)):
             stream.advance(index)
         self._final = stream.hidden
-        self._stream = BlockStream(model, tokens, batch_size)
+        self._stream = BlockStream(model, tokens, batch_size, borders)
         self._place = 0
 
     @property
@@ -86,7 +92,7 @@ class Divergences:
         """Logits [b, L, V] of the model as it stands, computed from `block` on."""
         if block < 0:
             with torch.inference_mode():
-                return self._model(input_ids=self._ids[number].to(self._stream.device), use_cache=False).logits
+                return self._model(**passed(self._ids[number].to(self._stream.device), self._borders[number])).logits
         hidden = self._stream.hidden[number]
         with torch.no_grad():
             for index in range(block, len(self._stream.names)):

@@ -23,6 +23,7 @@ from a1q.distill.packed_ids import pack_ids
 from a1q.engine.artifact import sha256_file
 from a1q.engine.files import copy_file, fsync_path, write_atomic
 from a1q.errors import StageError
+from a1q.models.positions import passed
 
 if TYPE_CHECKING:
     import torch
@@ -60,6 +61,7 @@ def write_shards(
     processes: int = 1,
     temperatures: Sequence[float] = (),
     said: Mapping[str, np.ndarray] | None = None,
+    separate: bool = False,
 ) -> dict[str, list[str]]:
     """Write every shard that `folder` doesn't hold undamaged yet, or this process's share of them.
 
@@ -67,10 +69,11 @@ def write_shards(
     call with the defaults checks everything and writes what is missing.
 
     Args:
-        model: a causal language model; `model(input_ids=...).logits` is [B, L, V].
+        model: a causal language model; `model(**passed(tokens, borders)).logits` is [B, L, V].
         parts: part name (`train`, `tune`) -> tokens, integers [n, L].
         starts: part name -> bool [n, L], where documents begin; None: every sequence is a document of its own.
         said: part name -> bool [n, L], what an assistant said; None: the shards don't say.
+        separate: ask about every document by itself: attention doesn't look beyond its start.
         folder: where shards of an earlier attempt with the same arguments may lie.
         batch: sequences per forward pass; a batch never crosses a shard.
         autocast: makes the context of one forward pass.
@@ -102,15 +105,18 @@ def write_shards(
             progress(done, total)
             continue
         generator = torch.Generator().manual_seed(_shard_seed(seed, name))
+        begins = starts[part][rows[part, number]] if starts is not None else np.arange(tokens.shape[1]) == 0
+        begins = np.broadcast_to(begins, tokens.shape)
         answers = []
         for first in range(0, len(tokens), batch):
-            ids = torch.from_numpy(tokens[first : first + batch].astype(np.int64)).to(device)
-            answers.append(ask_teacher(model, ids, top_k, random_negatives, generator, autocast, temperatures))
+            some = slice(first, first + batch)
+            ids = torch.from_numpy(tokens[some].astype(np.int64)).to(device)
+            borders = torch.from_numpy(begins[some].copy()) if separate else None
+            answers.append(ask_teacher(model, ids, top_k, random_negatives, generator, autocast, temperatures, borders))
             done += len(ids)
             progress(done, total)
         arrays = {key: np.concatenate([item[key] for item in answers]) for key in answers[0]}
-        begins = starts[part][rows[part, number]] if starts is not None else np.arange(tokens.shape[1]) == 0
-        arrays["starts"] = _packed(np.broadcast_to(begins, tokens.shape))
+        arrays["starts"] = _packed(begins)
         if said is not None:
             arrays["said"] = _packed(said[part][rows[part, number]])
         _save_shard(folder / name, arrays)
@@ -129,9 +135,10 @@ def ask_teacher(
     generator: torch.Generator,
     autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
     temperatures: Sequence[float] = (),
+    borders: Tensor | None = None,
 ) -> dict[str, np.ndarray]:
     """One forward pass over tokens [B, L], as the arrays of a shard (see `a1q.distill.cache`), less `starts` and
-    `said`.
+    `said`; `borders` bool [B, L] as `a1q.models.positions.passed` takes them.
 
     Raises:
         StageError: if a logit isn't finite.
@@ -139,7 +146,7 @@ def ask_teacher(
     import torch
 
     with torch.inference_mode(), autocast():
-        logits = model(input_ids=tokens, use_cache=False).logits.flatten(0, 1)
+        logits = model(**passed(tokens, borders)).logits.flatten(0, 1)
     vocabulary = logits.shape[-1]
     offsets = draw_offsets((*tokens.shape, random_negatives), vocabulary - top_k, generator)
     at_once = max((PIECE if logits.device.type == "cpu" else WIDE_PIECE) // vocabulary, 1)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from a1q.errors import StageError
+from a1q.models.positions import passed
 
 if TYPE_CHECKING:
     from numpy import ndarray
@@ -31,8 +32,11 @@ class BlockStream:
     hidden: list[Tensor]
     """Per batch [b, L, hidden]: the input of the next layer."""
 
-    def __init__(self, model: Any, tokens: ndarray, batch_size: int):
+    def __init__(self, model: Any, tokens: ndarray, batch_size: int, borders: ndarray | None = None):
         """Run the model over `tokens` (integers [n, L]) up to its first layer.
+
+        Args:
+            borders: bool [n, L], where documents begin that attention stays within; None: it sees all before.
 
         Raises:
             StageError: if the model has no list of decoder layers.
@@ -43,12 +47,16 @@ class BlockStream:
         self.device = next(model.parameters()).device
         starts = range(0, len(tokens), batch_size)
         self._ids = [torch.from_numpy(tokens[start : start + batch_size].astype("int64")) for start in starts]
-        self._arguments: dict[int, list[Arguments]] = {}
-        self.hidden = [self._enter(ids) for ids in self._ids]
+        self._borders = [
+            None if borders is None else torch.from_numpy(borders[start : start + batch_size].copy())
+            for start in starts
+        ]
+        self._arguments: dict[Any, list[Arguments]] = {}
+        self.hidden = [self._enter(number)[0] for number in range(len(self._ids))]
 
     def run(self, index: int, hidden: Tensor, number: int) -> Tensor:
         """The output [b, L, hidden] of layer `index` for `hidden` in the place of batch `number`; differentiable."""
-        positional, named = self._arguments[len(self._ids[number])][index]
+        positional, named = self._beside(number)[index]
         return states_of(self._blocks[index](hidden.to(self.device), *positional, **named))
 
     def advance(self, index: int, progress: Callable[[int], None] = lambda done: None) -> None:
@@ -66,7 +74,7 @@ class BlockStream:
         """What the head takes [b, L, hidden] when `hidden` of batch `number` has passed the last layer."""
         states = self.hidden[number].to(self.device)
         with torch.no_grad(), _replaced(self._blocks, lambda _index, _hidden, _rest, _named: states):
-            return self._decoder(input_ids=self._ids[number].to(self.device), use_cache=False).last_hidden_state
+            return self._decoder(**passed(self._ids[number].to(self.device))).last_hidden_state
 
     def logits(self, hidden: Tensor, number: int, positions: slice = slice(None)) -> Tensor:
         """The model's logits [b, l, V] where `hidden` [b, l, hidden] of batch `number` has passed the last layer.
@@ -81,10 +89,20 @@ class BlockStream:
             torch.set_grad_enabled(hidden.requires_grad),
             _replaced(self._blocks, lambda _index, _hidden, _rest, _named: states),
         ):
-            return self._model(input_ids=ids, use_cache=False).logits
+            return self._model(**passed(ids)).logits
 
-    def _enter(self, ids: Tensor) -> Tensor:
-        """The input of the first layer; what layers take beside it is kept, once per size of a batch."""
+    def _beside(self, number: int) -> list[Arguments]:
+        """What layers take beside the states of batch `number`: the same for all batches of a size where nothing
+        separates documents, else kept for the last batch alone, as every one has its own."""
+        place = len(self._ids[number]) if self._borders[number] is None else ("batch", number)
+        if place not in self._arguments:
+            if self._borders[number] is not None:
+                self._arguments.clear()
+            self._arguments[place] = self._enter(number)[1]
+        return self._arguments[place]
+
+    def _enter(self, number: int) -> tuple[Tensor, list[Arguments]]:
+        """The input of the first layer for batch `number`, and what layers take beside it."""
         first: list[Tensor] = []
         arguments: list[Arguments] = []
 
@@ -95,9 +113,8 @@ class BlockStream:
             return hidden
 
         with torch.no_grad(), _replaced(self._blocks, keep):
-            self._decoder(input_ids=ids.to(self.device), use_cache=False)
-        self._arguments.setdefault(len(ids), arguments)
-        return first[0].cpu()
+            self._decoder(**passed(self._ids[number].to(self.device), self._borders[number]))
+        return first[0].cpu(), arguments
 
 
 def decoder_layers(model: Any) -> tuple[list[str], list[nn.Module]]:

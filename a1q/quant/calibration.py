@@ -68,6 +68,7 @@ def measure_statistics(
     folder: Path,
     *,
     batch_size: int,
+    borders: ndarray | None = None,
     gram: bool = True,
     gradient_sequences: int = 0,
     seed: int = 0,
@@ -76,6 +77,7 @@ def measure_statistics(
     """Run `model` over `tokens` (integers [n, L]) and write what `a1q.quant.statistics.Statistics` reads.
 
     Args:
+        borders: bool [n, L], where documents begin that attention stays within; None: it sees all before.
         folder: of the files; those of one decoder layer are written before the next one runs.
         gram: whether E[x xᵀ] is measured too.
         gradient_sequences: the first so many sequences are those that F is measured on, see `a1q.quant.fisher`.
@@ -93,7 +95,7 @@ def measure_statistics(
         if not bool(torch.isfinite(parameter).all()):
             raise StageError(f"{name} holds values that are not finite")
     embedding, head = _ends(model)
-    stream = BlockStream(model, tokens, batch_size)
+    stream = BlockStream(model, tokens, batch_size, borders)
     layers, batches = stream.names, len(stream.hidden)
     first = tokens[:gradient_sequences]
     before_gradients = (len(layers) + 1) * batches
@@ -129,6 +131,7 @@ def measure_statistics(
             model,
             first,
             batch_size=batch_size,
+            borders=None if borders is None else borders[:gradient_sequences],
             seed=seed,
             progress=lambda done: progress(before_gradients + done, total),
         )
@@ -136,7 +139,16 @@ def measure_statistics(
     table = model.get_input_embeddings()
     shape = (table.num_embeddings, table.embedding_dim)
     measured = layers if len(first) else ()
-    write_statistics(folder, square, tokens, embedding=(embedding, shape), head=head, grams=grams, layers=measured)
+    write_statistics(
+        folder,
+        square,
+        tokens,
+        embedding=(embedding, shape),
+        head=head,
+        grams=grams,
+        layers=measured,
+        borders=borders,
+    )
     return square
 
 

@@ -29,6 +29,7 @@ def fisher_information(
     tokens: ndarray,
     *,
     batch_size: int,
+    borders: ndarray | None = None,
     seed: int,
     progress: Callable[[int], None] = lambda done: None,
 ) -> dict[str, Tensor]:
@@ -40,6 +41,7 @@ def fisher_information(
     Args:
         model: in evaluation mode; quantized modules may be inside.
         tokens: integers [n, L]. All n · L positions predict a token.
+        borders: bool [n, L], where documents begin that attention stays within; None: it sees all before.
         seed: of the labels, which depend neither on `batch_size` nor, but for rounding, on the device.
         progress: called with the number of layers done, over all batches.
 
@@ -55,7 +57,7 @@ def fisher_information(
     with _frozen(model):
         for start in range(0, len(tokens), batch_size):
             rows = slice(start, start + batch_size)
-            stream = BlockStream(model, tokens[rows], batch_size)
+            stream = BlockStream(model, tokens[rows], batch_size, None if borders is None else borders[rows])
             outputs = []
             for index in range(len(stream.names)):
                 stream.advance(index)

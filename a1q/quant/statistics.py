@@ -3,7 +3,8 @@
     statistics.safetensors     name -> E[x²], float32 [in], of every linear
     gram-00003.safetensors     name -> E[x xᵀ], float32 [in, in], of decoder layer 3; gram-head.safetensors: of the head
     gradients.safetensors      decoder layer -> F = E[g gᵀ], float32 [hidden, hidden]; see a1q.quant.fisher
-    tokens.safetensors         tokens, int32 [n, L]: the text itself
+    tokens.safetensors         tokens, int32 [n, L]: the text itself; borders, uint8 [n, L], where attention stayed
+                               within documents: 1 where one begins
 
 Modules with one input have one matrix; the header of `statistics.safetensors` says where each module's lies. What a
 tied head takes stands under the name of the embedding, whose weight it meets. A look-up alone has nothing to measure.
@@ -55,13 +56,25 @@ class Statistics:
         except (ValueError, KeyError, TypeError, AttributeError):
             raise StageError(f"{folder / FILE} is damaged: its header says nothing of the modules") from None
 
-    @cached_property
+    @property
     def tokens(self) -> ndarray:
         """The text that was measured, int32 [n, L]."""
+        return self._text[0]
+
+    @property
+    def borders(self) -> ndarray | None:
+        """bool [n, L], where documents begin that attention stayed within; None where it saw all before."""
+        return self._text[1]
+
+    @cached_property
+    def _text(self) -> tuple[ndarray, ndarray | None]:
         found, _ = _load(self.folder / TOKENS)
         if "tokens" not in found or found["tokens"].dim() != 2:
             raise StageError(f"{self.folder / TOKENS} is damaged: it holds no table of tokens")
-        return found["tokens"].numpy()
+        borders = found.get("borders")
+        if borders is not None and borders.shape != found["tokens"].shape:
+            raise StageError(f"{self.folder / TOKENS} is damaged: its borders are those of another text")
+        return found["tokens"].numpy(), None if borders is None else borders.bool().numpy()
 
     @cached_property
     def counts(self) -> Tensor:
@@ -159,6 +172,7 @@ def write_statistics(
     head: str,
     grams: Mapping[str, tuple[str, str]] | None = None,
     layers: Iterable[str] = (),
+    borders: ndarray | None = None,
 ) -> None:
     """Write all but the files of `write_gram` and `write_sensitivity`.
 
@@ -169,10 +183,14 @@ def write_statistics(
         head: name of the weight that the head multiplies with, the embedding where tied.
         grams: name -> (file, name in that file) of its E[x xᵀ].
         layers: the decoder layers of `write_sensitivity`.
+        borders: bool [n, L], as `Statistics.borders`.
     """
     import torch
 
-    _save({"tokens": torch.from_numpy(tokens.astype("int32"))}, folder / TOKENS)
+    text = {"tokens": torch.from_numpy(tokens.astype("int32"))}
+    if borders is not None:
+        text["borders"] = torch.from_numpy(borders.astype("uint8"))
+    _save(text, folder / TOKENS)
     facts = {
         "embedding": {"name": embedding[0], "shape": embedding[1]},
         "head": head,

@@ -232,7 +232,8 @@ class _Measuring:
         self._ctx, self._options, self._statistics = ctx, options, statistics
         self.tokens = statistics.tokens[: ctx.config.sequences]
         self._model = load_model(source.path, device=device).eval()
-        self._meter = Divergences(self._model, self.tokens, ctx.config.batch)
+        borders = None if statistics.borders is None else statistics.borders[: ctx.config.sequences]
+        self._meter = Divergences(self._model, self.tokens, ctx.config.batch, borders)
         self._step = 0
         self._steps = (sum(map(len, options.candidates.values())) + 1) * self._meter.batches
 

@@ -73,7 +73,7 @@ class CalibrateStage(Stage):
 
     def run(self, ctx: StageContext) -> None:
         """Stream the sequences through the model."""
-        from a1q.data import token_sequences
+        from a1q.data import read_sequences
         from a1q.models.checkpoint import load_model
         from a1q.quant.calibration import measure_statistics
         from a1q.training.device import prepare_torch
@@ -83,12 +83,13 @@ class CalibrateStage(Stage):
         device = prepare_torch(ctx.runtime, ctx.seed)
         entry: Any = ctx.data[ctx.config.data]
         length = entry.config["seq_len"]
-        tokens = token_sequences(entry.config, source.path, "train", length, ctx.config.sequences, ctx.seed)
+        text = read_sequences(entry.config, source.path, "train", length, ctx.config.sequences, ctx.seed)
         model = load_model(source.path, device=device)
         values = measure_statistics(
             model,
-            tokens,
+            text.tokens,
             ctx.out,
+            borders=text.borders,
             batch_size=ctx.config.batch,
             gram=ctx.config.gram,
             gradient_sequences=ctx.config.sampled,
@@ -98,8 +99,8 @@ class CalibrateStage(Stage):
         widest = max(len(value) for value in values.values())
         for warning in _warnings(ctx.config, length, widest, model.config.hidden_size):
             ctx.log(f"WARNING: {warning}")
-        ctx.meta.update(model=source.digest, data=entry.digest, tokens=int(tokens.size))
-        ctx.metrics.update(modules=len(values), tokens=int(tokens.size))
+        ctx.meta.update(model=source.digest, data=entry.digest, tokens=int(text.tokens.size))
+        ctx.metrics.update(modules=len(values), tokens=int(text.tokens.size))
 
 
 def _gradient_memory(view: ModelView, measured: Iterable[ModuleView], batch: int, length: int) -> int:

@@ -69,7 +69,7 @@ class EvalStage(Stage):
 
     def run(self, ctx: StageContext) -> None:
         """Measure, judge, and write report.json."""
-        from a1q.data import token_sequences
+        from a1q.data import read_sequences
         from a1q.distill.evaluate import evaluate_model
         from a1q.models.checkpoint import load_model
         from a1q.models.view import read_view
@@ -81,13 +81,14 @@ class EvalStage(Stage):
         assert model is not None
         teacher = _load_teacher(ctx, model, device)
         length = entry.config["seq_len"]
-        tokens = token_sequences(entry.config, model.path, "test", length, config.sequences, ORDER)
+        text = read_sequences(entry.config, model.path, "test", length, config.sequences, ORDER)
         student = load_model(model.path, device=device)
         set_form(config.form, (module for _, module in quantized_modules(student)))
         found = evaluate_model(
             student,
             teacher,
-            tokens,
+            text.tokens,
+            borders=text.borders,
             batch_size=config.batch,
             device=device,
             progress=lambda done, total: ctx.progress(done, total, tokens=done * length),

@@ -45,7 +45,7 @@ class KdConfig:
 class KdStage(Stage):
     """Write a teacher cache; `a1q.distill.cache` says what is in it."""
 
-    version = 3
+    version = 4
     parallel = True
     Config = KdConfig
 
@@ -131,6 +131,7 @@ class KdStage(Stage):
             found["tune"] = Sequences(np.zeros((0, length), np.int32), np.zeros((0, length), bool), False)
         parts = {part: item.tokens for part, item in found.items()}
         templated = any(item.templated for item in found.values())
+        separate = any(item.separate for item in found.values())
         said = known_said(found)
         _tell_unclear(ctx, found)
         model = load_model(teacher.path, device=device)
@@ -152,6 +153,7 @@ class KdStage(Stage):
             chat_template=chat_template_digest(student.path) if templated else None,
             data={"name": entry.name, "digest": entry.digest},
             said=None if said is None else {part: int(bits.sum()) for part, bits in said.items()},
+            separate=separate,
             said_problem="" if said is not None else found["train"].reason,
         )
         if world.leads:
@@ -161,6 +163,7 @@ class KdStage(Stage):
             parts,
             starts={part: item.starts for part, item in found.items()},
             said=said,
+            separate=separate,
             folder=ctx.scratch,
             top_k=cache.top_k,
             random_negatives=cache.random_negatives,

@@ -85,6 +85,12 @@ class PretrainStage(Stage):
                 "architecture.num_key_value_heads",
                 f"{shape.num_key_value_heads} does not divide the {shape.num_attention_heads} query heads",
             )
+        if ctx.data[config.data].config.get("attention") == "document":
+            ctx.recipe_problem(
+                "data",
+                f"data.{config.data} says `attention: document`, and pretrain reads packed text as it stands",
+                "give pretrain an entry without `attention`",
+            )
         view = predicted_view(shape, config.tokenizer.vocab)
         tokens = (
             config.steps * config.batch.sequences * config.batch.accumulate * _seq_len(ctx.data[config.data].config)

@@ -84,7 +84,7 @@ class _Blockwise:
 
         self.ctx, self.model, self.fitter, self.statistics, self.options = ctx, model, fitter, statistics, options
         self.identity = {**machine_identity(ctx.runtime), **identity}
-        before = BlockStream(model, statistics.tokens, BATCH)
+        before = BlockStream(model, statistics.tokens, BATCH, statistics.borders)
         layers = [[name for name in names if name.startswith(f"{layer}.")] for layer in before.names]
         self.per_step = options.steps if options else 0
         self.total = len(names) + self.per_step * sum(bool(layer) for layer in layers)
@@ -94,7 +94,7 @@ class _Blockwise:
         for name in first:
             self._fit(name, statistics.inputs(name))
         self.layers, self.last = layers, [name for name in names if name not in inside and name not in first]
-        self.stream = BlockStream(model, statistics.tokens, BATCH) if first else before
+        self.stream = BlockStream(model, statistics.tokens, BATCH, statistics.borders) if first else before
         self.reference = list(before.hidden) if options else []  # only training needs what the model gave before
 
     def run(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from a1q.distill.head import Head, HeadFinder
 from a1q.distill.local import layer_outputs, local_loss
 from a1q.distill.losses import Terms, answers, asked_of, following, kd_loss, loss_of, next_token_loss
 from a1q.engine.stage import Runtime
+from a1q.models.positions import passed
 from a1q.training.device import autocast
 from a1q.training.width import tiled
 
@@ -62,7 +64,7 @@ class DistillationLoss(nn.Module):
             torch.no_grad(),
             layer_outputs(self._teachers[0], True, self.local_layer) as theirs,
         ):
-            _run(self._teachers[0], batch.tokens, states=True)
+            _run(self._teachers[0], batch, states=True)
         with layer_outputs(self.student, True, self.local_layer) as ours:
             found = self._cached(batch, terms, heads) if terms.hard else self._nothing_said(batch)
         return _with_local(*found, local, ours, theirs)
@@ -78,18 +80,18 @@ class DistillationLoss(nn.Module):
     def _cached(self, batch: TeacherBatch, terms: Terms, heads: list[Head] | None) -> tuple[Tensor, dict[str, Tensor]]:
         if heads is None:
             with autocast(self.runtime):
-                logits = _run(self.student, batch.tokens, states=False)
+                logits = _run(self.student, batch, states=False)
             return kd_loss(logits, batch, **vars(terms))
         terms.check(batch, heads[0].vocabulary)
         with autocast(self.runtime):
-            states = _run(self.student, batch.tokens, states=True)
+            states = _run(self.student, batch, states=True)
             said = heads[0].partitions_and_picked(states, asked_of(batch, terms), terms.temperatures)
         return loss_of(*said, batch, terms)
 
     def _nothing_said(self, batch: TeacherBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """A forward pass whose logits nobody asks for."""
         with autocast(self.runtime):
-            _run(self.student, batch.tokens, states=True)
+            _run(self.student, batch, states=True)
         return torch.zeros((), device=batch.tokens.device), {}
 
     def _online(
@@ -98,9 +100,9 @@ class DistillationLoss(nn.Module):
         (teacher,) = self._teachers
         with autocast(self.runtime):
             with torch.no_grad(), layer_outputs(teacher, local > 0, self.local_layer) as theirs:
-                taught = _run(teacher, batch.tokens, heads is not None)
+                taught = _run(teacher, batch, heads is not None)
             with layer_outputs(self.student, local > 0, self.local_layer) as ours:
-                said = _run(self.student, batch.tokens, heads is not None)
+                said = _run(self.student, batch, heads is not None)
             if heads is not None:
                 own, other = heads
                 found = own.beside(said, following(batch.tokens), terms.temperatures, other, taught)
@@ -123,12 +125,13 @@ class NextTokenLoss(nn.Module):
         self.model, self.runtime = model, runtime or Runtime()
         self._finder = HeadFinder(model)
 
-    def forward(self, tokens: Tensor, counts: Tensor | None = None) -> Tensor:
-        """In nats per token, of tokens int64 [B, L]; `counts` as `a1q.distill.losses.next_token_loss` takes it."""
+    def forward(self, tokens: Tensor, counts: Tensor | None = None, borders: Tensor | None = None) -> Tensor:
+        """In nats per token, of tokens int64 [B, L]; `counts` as `a1q.distill.losses.next_token_loss` takes it,
+        `borders` as `a1q.models.positions.passed` does."""
         head = self._finder() if tiled(tokens.numel(), self.model.config.vocab_size) else None
         index = following(tokens)
         with autocast(self.runtime):
-            said = _run(self.model, tokens, head is not None)
+            said = _answer(self.model, head is not None, passed(tokens, borders))
             if head is not None:
                 partitions, picked = head.partitions_and_picked(said, index, (1.0,))
         if head is None:
@@ -143,8 +146,12 @@ def _with_local(
     return loss + weight * error, {**figures, "local": error.detach()}
 
 
-def _run(model: Any, tokens: Tensor, states: bool) -> Tensor:
+def _run(model: Any, batch: TeacherBatch, states: bool) -> Tensor:
+    return _answer(model, states, passed(batch.tokens, batch.borders))
+
+
+def _answer(model: Any, states: bool, arguments: Mapping[str, Any]) -> Tensor:
     """The head's input [B, L, H], or else the logits [B, L, V]."""
     if states:
-        return model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
-    return model(input_ids=tokens, use_cache=False).logits
+        return model.base_model(**arguments).last_hidden_state
+    return model(**arguments).logits

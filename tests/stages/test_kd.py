@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import json
 import subprocess
 import sys
@@ -11,14 +12,17 @@ from transformers import AutoModelForCausalLM
 from a1q.data import Sequences, read_sequences
 from a1q.data.bpe import CHAT_TEMPLATE
 from a1q.distill.cache import TeacherCache, sequence_bytes
+from a1q.distill.losses import Terms
 from a1q.distill.teacher_model import find_teacher
 from a1q.distill.tokenizers import chat_template_digest
 from a1q.engine.artifact import manifest_of, sha256_file
 from a1q.engine.registry import load_registry
+from a1q.engine.stage import Runtime
 from a1q.errors import MismatchError
 from a1q.models.view import ModelView
 from a1q.recipe.schema import Checker
 from a1q.stages.kd import KdStage, shuffled
+from a1q.training.step_loss import DistillationLoss
 from tests.distill.fakes import Killed
 from tests.distill.workspace import as_artifact, make_context, model_artifact, plan_stage, run_stage, write_text
 
@@ -100,6 +104,40 @@ def test_what_an_assistant_said_is_kept_of_chats(entry, tmp_path):
     assert 0 <= done.metrics["bytes"] - 13 * sequence_bytes(320, 16, 8, 16, 1, chats=True) <= header
     plain = TeacherCache(run_stage(KdStage, options(), inputs, entry, tmp_path / "plain").out)
     assert not plain.knows_who and plain.batch([0]).said is None
+
+
+def documents_alone(model, tokens, starts):
+    """Logits [n, L, V] of every document in a forward pass of its own."""
+    rows = []
+    for row, begins in zip(tokens, starts, strict=True):
+        cuts = [0, *(np.flatnonzero(begins[1:]) + 1).tolist(), len(row)]
+        some = [slice(first, last) for first, last in itertools.pairwise(cuts)]
+        with torch.no_grad():
+            rows.append(torch.cat([model(input_ids=row[None, piece]).logits[0] for piece in some]))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize(("attention", "separate"), [(None, True), ("document", True), ("sequence", False)])
+def test_a_conversation_is_asked_about_by_itself(entry, tmp_path, attention, separate):
+    """By the teacher and, with the same cache, by a student: one equal to its teacher has nothing to learn."""
+    inputs, talk = conversations(tmp_path, entry, CHAT_TEMPLATE)
+    talk = dataclasses.replace(talk, config={**talk.config, "attention": attention})
+    done = run_stage(KdStage, options(cache={"top_k": 320, "random_negatives": 0}), inputs, talk, tmp_path / "run")
+    cache = TeacherCache(done.out)
+    assert cache.separate is separate
+    batch = cache.batch(range(10))
+    model = AutoModelForCausalLM.from_pretrained(inputs["model"].path).eval()
+    alone = documents_alone(model, batch.tokens, batch.starts.numpy())
+    difference = (batch.logits - alone.gather(-1, batch.ids)).abs().max()
+    assert difference < 1e-2 if separate else difference > 0.1
+    step = DistillationLoss(model, None, Terms(), Terms(), 0.0, False, Runtime())
+    assert abs(step(batch)[0].item()) < 1e-4
+    other = step(dataclasses.replace(batch, separate=not separate))[0].item()
+    assert other > 1e-2
+
+
+def test_running_text_is_asked_about_by_sequence(cached):
+    assert not TeacherCache(cached.out).separate and cached.meta["separate"] is False
 
 
 def test_chats_of_which_it_cannot_be_told_are_said_aloud(entry, tmp_path):

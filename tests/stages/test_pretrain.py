@@ -1,5 +1,6 @@
 """`pretrain` on a small text: end to end, and killed at a step and run again."""
 
+import dataclasses
 import json
 import math
 import os
@@ -136,6 +137,16 @@ def test_killed_and_run_again_gives_the_same_bits(tmp_path: Path, trained: Stage
     assert ctx.metrics["resumed_from"] == 6
     for name in ("model.safetensors", "tokenizer.json", "config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (trained.out / name).read_bytes()
+
+
+def test_documents_by_themselves_are_refused_at_the_entry(trained: StageContext):
+    entry = trained.data["text"]
+    asked = dataclasses.replace(entry, config={**entry.config, "attention": "document"})
+    told: list[tuple[str, str, str, bool]] = []
+    ctx = dataclasses.replace(plan_context(trained), data={"text": asked}, report=lambda *problem: told.append(problem))
+    PretrainStage().plan(ctx)
+    ((path, message, _, misfit),) = told
+    assert path == "data" and "data.text says `attention: document`" in message and not misfit
 
 
 def test_a_step_larger_than_the_text_is_refused(tmp_path: Path):

@@ -202,7 +202,7 @@ def test_no_tensor_of_all_logits_is_made(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("a1q.training.width.WIDE", 0)
     monkeypatch.setattr("a1q.distill.tiles.TILE", 1)
     every = torch.ones_like(tokens, dtype=torch.bool)
-    batch = type("Batch", (), {"tokens": tokens, "continues": every, "targets": None})()
+    batch = type("Batch", (), {"tokens": tokens, "continues": every, "targets": None, "borders": None})()
     from a1q.distill.losses import Terms
     from a1q.training.step_loss import DistillationLoss
 
