@@ -6,6 +6,7 @@ A tracker is a class of `TRACKERS` with `package`, `__init__(folder, config)`, `
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -38,14 +39,17 @@ class TensorBoard:
 
 
 class WandB:
-    """One Weights & Biases run, called as the run folder, with the resolved recipe as its config."""
+    """One Weights & Biases run with the resolved recipe as its config: project `a1q`, called as the run folder, unless
+    W&B's own variables WANDB_PROJECT and WANDB_NAME say otherwise."""
 
     package = "wandb"
 
     def __init__(self, folder: Path, config: Mapping[str, Any]):
         import wandb
 
-        self.run = wandb.init(project="a1q", name=folder.absolute().name, dir=str(folder), config=plain(config))
+        project = os.environ.get("WANDB_PROJECT") or "a1q"  # arguments of `init` would win over the variables
+        name = os.environ.get("WANDB_NAME") or folder.absolute().name
+        self.run = wandb.init(project=project, name=name, dir=str(folder), config=plain(config))
         self.stages: set[str] = set()
 
     def add(self, stage_id: str, step: int, figures: Mapping[str, float]) -> None:

@@ -75,6 +75,12 @@ def play(tracking: Tracking, run: Path, status: str = "done") -> None:
     events("run_end", status=status, error=None, seconds=1.0)
 
 
+@pytest.fixture(autouse=True)
+def _no_names_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("WANDB_PROJECT", "WANDB_NAME"):
+        monkeypatch.delenv(variable, raising=False)
+
+
 @pytest.mark.parametrize(("status", "code"), [("done", 0), ("failed", 1), ("interrupted", 1)])
 def test_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: str, code: int) -> None:
     wandb = FakeWandB()
@@ -95,6 +101,16 @@ def test_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: str, cod
         {"q2/step": 1, "q2/loss": 4.0},
     ]
     assert made.ended == code and said == []
+
+
+def test_wandb_under_names_of_its_own_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = FakeWandB()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setenv("WANDB_PROJECT", "my-qat-project")
+    monkeypatch.setenv("WANDB_NAME", "experiment-1")
+    play(Tracking("wandb", tmp_path, {}, print), tmp_path)
+    (made,) = wandb.runs
+    assert (made.asked["project"], made.asked["name"]) == ("my-qat-project", "experiment-1")
 
 
 def test_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
