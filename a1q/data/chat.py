@@ -1,24 +1,41 @@
-"""Conversations as text, and which of its tokens an assistant said.
+"""Conversations as text, in training as in generation, and which of its tokens an assistant said.
 
-A template that marks them itself (`{% generation %}`) is believed. Any other is asked for prefixes: what it writes of
-the messages before an answer, with the prompt to answer, has to begin the whole text, and what it adds with the answer
-has to follow there. Both ends have to be those of tokens: the tokens of the text up to there begin those of the whole.
+A template that marks them itself (`{% generation %}`) is believed. Of most others `a1q.data.turns` knows what stands
+around an answer. Any other is asked for prefixes: what it writes of the messages before an answer, with the prompt to
+answer, has to begin the whole text, and what it adds with the answer has to follow there. Both ends have to be those of
+tokens: the tokens of the text up to there begin those of the whole.
 """
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from a1q.data.turns import Turns, learn
+from a1q.engine.artifact import canonical_json, sha256_bytes
 from a1q.errors import MismatchError, Problem, StageError
 
 if TYPE_CHECKING:
+    import numpy
     from tokenizers import Tokenizer
 
 ASSISTANT = "assistant"
 MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+SWITCH = "enable_thinking"
+"""The variable by which templates of Qwen 3 and its kin are told whether to think."""
+THOUGHT = ("<think>", "</think>")
+PROBES: tuple[tuple[Mapping[str, str], ...], ...] = (
+    ({"role": "user", "content": "Why?"},),
+    (
+        {"role": "user", "content": "Why?"},
+        {"role": "assistant", "content": "So."},
+        {"role": "user", "content": "Really so?\n"},
+    ),
+)
+"""Conversations whose prompts `prompts_digest` takes."""
 Messages = Sequence[Mapping[str, str]]
 
 
@@ -29,14 +46,19 @@ class UnclearError(Exception):
 class Chat:
     """The chat template in a model's folder.
 
+    With `thinking` True or False, what a model learns from begins with the very prompt that it is given later, token by
+    token: `pieces` are `prompt` of all but the last message, and the answer with the end of the turn. With None the
+    template does as it does by itself.
+
     Args:
         tokenizer: the folder's, which cuts the text into tokens.
+        thinking: what the template is told about thinking; None: nothing.
 
     Raises:
-        MismatchError: if there is no template.
+        MismatchError: if there is no template, or it can't be told to think.
     """
 
-    def __init__(self, folder: Path, tokenizer: Tokenizer):
+    def __init__(self, folder: Path, tokenizer: Tokenizer, thinking: bool | None = None):
         from transformers import AutoTokenizer
 
         self._templated: Any = AutoTokenizer.from_pretrained(folder)
@@ -44,52 +66,121 @@ class Chat:
             hint = "use `format: text`, or a model that was trained to chat"
             raise MismatchError([Problem(f"the tokenizer in {folder} has no chat template", hint=hint)])
         self._tokenizer = tokenizer
-        template = self._templated.chat_template
-        self._marks = bool(MARKS.search(template if isinstance(template, str) else template.get("default", "")))
+        found = self._templated.chat_template
+        template = found if isinstance(found, str) else found.get("default", "")
+        self._marks = bool(MARKS.search(template))
+        self.thinks = SWITCH in template
+        """Whether the template can be told whether to think."""
+        if thinking and not self.thinks:
+            message = f"the chat template in {folder} knows no thinking: `{SWITCH}` doesn't occur in it"
+            raise MismatchError([Problem(message, hint="leave `thinking` out")])
+        self._thinking = thinking if self.thinks else None
+        self._switches = {} if self._thinking is None else {SWITCH: self._thinking}
         added = self._templated.added_tokens_decoder.values()
         self._special = tuple(token.content for token in added if token.special)
+        simple = self._thinking is not None or not self._marks
+        self._turns: Turns | None = None
+        self._turns = learn(self.example, self.prompt, tokenizer, self._special) if simple else None
 
-    def text(self, messages: Messages, prompt: bool = False) -> str:
-        """What the template makes of a conversation; with `prompt` also of an answer's beginning.
+    def prompt(self, messages: Messages) -> str:
+        """The text that asks for an answer to a conversation, its beginning included.
 
         Raises:
             StageError: if the template refuses it.
         """
-        plain = [dict(message) for message in messages]
-        try:
-            return self._templated.apply_chat_template(plain, tokenize=False, add_generation_prompt=prompt)
-        except Exception as error:  # templates raise what they like
-            roles = ", ".join(message["role"] for message in messages)
-            raise StageError(f"the chat template refuses a conversation of {roles}: {error}") from None
+        return self._rendered(messages, True)
 
-    def said(self, messages: Messages, text: str, ids: Sequence[int]) -> list[bool]:
-        """Of the tokens `ids` of a conversation's `text`, those that an assistant said, the end of its turn included.
+    def pieces(self, messages: Messages) -> list[str]:
+        """The text of a conversation to learn from, in pieces that become tokens one by one.
+
+        Raises:
+            StageError: if the template refuses it, or doesn't write an answer as it stands.
+        """
+        if self._thinking is None or not messages or messages[-1]["role"] != ASSISTANT:
+            return [self._rendered(messages, False)]
+        return [self.prompt(messages[:-1]), self._answered(messages)[-1]["content"] + self._tail]
+
+    def example(self, messages: Messages) -> str:
+        """The pieces as one text."""
+        return "".join(self.pieces(messages))
+
+    def prompts_digest(self) -> str:
+        """sha256 of the tokens of prompts: the same for models that are asked for answers alike."""
+        ids = [self._tokenizer.encode(self.prompt(talk), add_special_tokens=False).ids for talk in PROBES]
+        return sha256_bytes(canonical_json(ids))
+
+    def said(self, messages: Messages, text: str, ids: numpy.ndarray) -> numpy.ndarray:
+        """Of the tokens `ids` [n] of a conversation's `text`, those that an assistant said, ends of turns included.
 
         Raises:
             UnclearError: if that can't be told.
         """
+        import numpy
+
         if all(message["role"] != ASSISTANT for message in messages):
-            return [False] * len(ids)
-        if self._marks:
+            return numpy.zeros(len(ids), dtype=bool)
+        if self._marks and self._thinking is None:
             return self._marked(messages, ids)
-        found = [False] * len(ids)
+        found = self._turns.said(self._answered(messages), ids) if self._turns else None
+        return self._asked(messages, text, ids) if found is None else found
+
+    def _rendered(self, messages: Messages, prompt: bool) -> str:
+        plain = [dict(message) for message in messages]
+        try:
+            return self._templated.apply_chat_template(
+                plain, tokenize=False, add_generation_prompt=prompt, **self._switches
+            )
+        except Exception as error:  # templates raise what they like
+            roles = ", ".join(message["role"] for message in messages)
+            raise StageError(f"the chat template refuses a conversation of {roles}: {error}") from None
+
+    @functools.cached_property
+    def _tail(self) -> str:
+        """What the template writes behind the last answer."""
+        content = "Zubra"
+        whole = self._rendered([{"role": "user", "content": "Why?"}, {"role": ASSISTANT, "content": content}], False)
+        _, met, tail = whole.rpartition(content)
+        if not met:
+            raise StageError("the chat template doesn't write an answer as it stands")
+        return tail
+
+    def _answered(self, messages: Messages) -> Messages:
+        """The conversation with its last answer as it is written: with its thought where thinking is on."""
+        if self._thinking is None or messages[-1]["role"] != ASSISTANT:
+            return messages
+        last = messages[-1]
+        opened, closed = THOUGHT
+        thought, _, answer = last["content"].rpartition(closed)
+        thought = last.get("reasoning_content", "") or thought.strip().removeprefix(opened)
+        answer = answer.strip("\n")
+        if self._thinking and thought.strip():
+            answer = f"{opened}\n{thought.strip()}\n{closed}\n\n{answer}"
+        return [*messages[:-1], {"role": ASSISTANT, "content": answer}]
+
+    def _asked(self, messages: Messages, text: str, ids: numpy.ndarray) -> numpy.ndarray:
+        """`said` by the prefixes that the template writes."""
+        import numpy
+
+        found = numpy.zeros(len(ids), dtype=bool)
         borders = self._borders(messages, text)
         pieces = self._tokenizer.encode_batch_fast([text[:border] for border in borders], add_special_tokens=False)
         for piece in pieces:
-            if list(ids[: len(piece.ids)]) != piece.ids:
+            if ids[: len(piece.ids)].tolist() != piece.ids:
                 raise UnclearError("an answer begins or ends inside a token")
         for begin, end in zip(pieces[::2], pieces[1::2], strict=True):
-            found[len(begin.ids) : len(end.ids)] = [True] * (len(end.ids) - len(begin.ids))
+            found[len(begin.ids) : len(end.ids)] = True
         return found
 
-    def _marked(self, messages: Messages, ids: Sequence[int]) -> list[bool]:
+    def _marked(self, messages: Messages, ids: numpy.ndarray) -> numpy.ndarray:
+        import numpy
+
         plain = [dict(message) for message in messages]
         known = self._templated.apply_chat_template(
             plain, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
         )
-        if list(known["input_ids"]) != list(ids):
+        if list(known["input_ids"]) != ids.tolist():
             raise UnclearError("transformers cuts the text into other tokens")
-        return [bool(mark) for mark in known["assistant_masks"]]
+        return numpy.array(known["assistant_masks"], dtype=bool)
 
     def _borders(self, messages: Messages, text: str) -> list[int]:
         """Where answers begin and end in `text`, in turns."""
@@ -98,7 +189,7 @@ class Chat:
             if message["role"] != ASSISTANT:
                 continue
             try:
-                begin, whole = self.text(messages[:number], prompt=True), self.text(messages[: number + 1])
+                begin, whole = self.prompt(messages[:number]), self.example(messages[: number + 1])
             except StageError as error:
                 raise UnclearError(f"of a beginning of the conversation, {error}") from None
             if not text.startswith(begin) or not whole.startswith(begin):
@@ -116,3 +207,8 @@ class Chat:
         """Without the space behind the token that ends the turn, where there is such a token."""
         bare = said.rstrip()
         return bare if bare.endswith(self._special) else said
+
+
+def thinking_of(config: Mapping[str, Any]) -> tuple[bool | None, ...]:
+    """What `thinking` of a data entry tells templates: one thing, or two that conversations take turns in."""
+    return {None: (None,), "off": (False,), "on": (True,), "both": (False, True)}[config.get("thinking")]

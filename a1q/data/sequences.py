@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import json
-import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from a1q.data.chat import Chat, UnclearError
-from a1q.data.records import Record, records
-from a1q.data.split import SPLITS, side_of
+from a1q.data.reading import Reader, Tokenized, Told, mixed, side
 from a1q.errors import MismatchError, Problem, StageError
 
 if TYPE_CHECKING:
     import numpy
     from tokenizers import Tokenizer
-
-DEFAULT_HOLDOUT = 0.05
-BATCH = 512
-"""Documents encoded at once."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +36,8 @@ class Sequences:
     """Why, of the first of them."""
     separate: bool = False
     """Whether attention is to stay within a document (option `attention` of the data entry)."""
+    prompts: Mapping[str, str] = field(default_factory=dict)
+    """Identity of what asks for answers, `a1q.data.chat.Chat.prompts_digest`, by thinking: `on`, `off`, `default`."""
 
     @property
     def borders(self) -> numpy.ndarray | None:
@@ -53,14 +49,14 @@ def documents(config: Mapping[str, Any], split: str) -> Iterator[str]:
     """The documents of one side, in the source's order. A conversation is its contents, one paragraph a message.
 
     Args:
-        config: a data entry: `source`, optionally `format`, `column`, `holdout`, `revision`.
+        config: a data entry: `source`, optionally `format`, `column`, `holdout`, `revision`; or `parts`, of a mix.
         split: `train`, `tune` or `test`.
 
     Raises:
         StageError: if the source can't be read.
         MismatchError: if there is no such source, or the Hub can't be reached.
     """
-    for record in _side(config, split):
+    for record in side(config, split):
         yield record.text or "\n\n".join(message["content"] for message in record.messages)
 
 
@@ -82,10 +78,12 @@ def read_sequences(
 ) -> Sequences:
     """Token sequences of one side: documents shuffled by `seed`, joined by the end-of-text token, cut in blocks.
 
+    Memory holds the tokens asked for, and of the documents at most `a1q.data.spool.HELD` bytes and eight bytes each.
+
     Args:
         config: a data entry; `attention` None separates documents where a conversation is among them.
         tokenizer_folder: a model's folder with tokenizer.json; conversations also need its chat template.
-        count: how many sequences; None for all there are.
+        count: how many sequences; None for all there are, of a mix until one of its parts is used up.
         seed: of the order; the sequences for a smaller count are the first of those for a larger one.
         marks: find out which tokens an assistant said (`a1q.data.chat`).
 
@@ -93,42 +91,71 @@ def read_sequences(
         StageError: if the text is not long enough; the message says for how many sequences it is.
         MismatchError: if the tokenizer has no end-of-text token, or no chat template for conversations.
     """
-    import numpy
-
     tokenizer, end = load_tokenizer(tokenizer_folder)
-    found = list(_side(config, split))
-    random.Random(f"{seed}/{split}").shuffle(found)
-    chats = _Chats(tokenizer_folder, tokenizer)
-    wanted = None if count is None else count * seq_len
-    parts: list[numpy.ndarray] = []
-    said: list[numpy.ndarray] = []
-    size, templated = 0, False
-    for start in range(0, len(found), BATCH):
-        picked = found[start : start + BATCH]
-        templated = templated or any(record.messages for record in picked)
-        texts = [chats.text(record) for record in picked]
-        encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        for record, text, encoding in zip(picked, texts, encodings, strict=True):
-            parts.append(numpy.array([*encoding.ids, end], dtype=numpy.int32))
-            if marks:
-                said.append(numpy.array([*chats.said(record, text, encoding.ids), False]))
-            size += len(parts[-1])
+    told = Told()
+    parts = config.get("parts") or [{"weight": 1.0, "entry": config}]
+    seeds = [f"{seed}/{split}" if number == 0 else f"{seed}/{split}/{number}" for number in range(len(parts))]
+    with ExitStack() as stack:
+        readers = [
+            stack.enter_context(Reader(part["entry"], tokenizer_folder, tokenizer, end, split, one, marks, told))
+            for part, one in zip(parts, seeds, strict=True)
+        ]
+        wanted = None if count is None else count * seq_len
+        documents, last = _taken(readers, [part["weight"] for part in parts], wanted)
+    return _cut(config, documents, split, seq_len, count, told, last)
+
+
+def _taken(readers: Sequence[Reader], weights: Sequence[float], wanted: int | None) -> tuple[list[Tokenized], int]:
+    """Documents of at least `wanted` tokens if there are so many, and the number of the reader that has none left."""
+    found: list[Tokenized] = []
+    given, size = [0] * len(readers), 0
+    for number, document in mixed(readers, weights):
+        found.append(document)
+        given[number] += 1
+        size += len(document.ids)
         if wanted is not None and size >= wanted:
             break
+    return found, next((number for number, reader in enumerate(readers) if given[number] == len(reader)), 0)
+
+
+def _cut(
+    config: Mapping[str, Any],
+    documents: Sequence[Tokenized],
+    split: str,
+    seq_len: int,
+    count: int | None,
+    told: Told,
+    last: int,
+) -> Sequences:
+    import numpy
+
+    size = sum(len(document.ids) for document in documents)
     rows = size // seq_len if count is None else count
     if rows * seq_len > size or rows == 0:
+        parts = config.get("parts")
+        used_up = f"`{parts[last]['name']}` is used up first; " if parts else ""
         raise StageError(
-            f"the {split} side of {config['source']} has text for {size // seq_len} sequences of {seq_len} tokens, "
-            f"and {'at least 1' if count is None else count} were asked for; "
-            "ask for fewer or shorter ones, or name more text"
+            f"the {split} side of {config.get('source') or 'the mix'} has text for {size // seq_len} sequences of "
+            f"{seq_len} tokens, and {'at least 1' if count is None else count} were asked for; "
+            f"{used_up}ask for fewer or shorter ones, or name more text"
         )
+
+    def blocks(flat: numpy.ndarray) -> numpy.ndarray:
+        return flat[: rows * seq_len].reshape(rows, seq_len)
+
     begins = numpy.zeros(size, dtype=bool)
-    begins[numpy.cumsum([0, *map(len, parts[:-1])])] = True
-    tokens, starts = (flat[: rows * seq_len].reshape(rows, seq_len) for flat in (numpy.concatenate(parts), begins))
+    begins[numpy.cumsum([0, *(len(document.ids) for document in documents[:-1])])] = True
     asked = config.get("attention")
-    separate = templated if asked is None else asked == "document"
-    known = numpy.concatenate(said)[: rows * seq_len].reshape(rows, seq_len) if chats.clear else None
-    return Sequences(tokens, starts, templated, known, chats.unclear, chats.reason, separate)
+    return Sequences(
+        tokens=blocks(numpy.concatenate([document.ids for document in documents])),
+        starts=blocks(begins),
+        templated=told.templated,
+        said=blocks(numpy.concatenate([document.said for document in documents])) if told.clear else None,
+        unclear=told.unclear,
+        reason=told.reason,
+        separate=told.templated if asked is None else asked == "document",
+        prompts=told.prompts,
+    )
 
 
 def load_tokenizer(folder: Path) -> tuple[Tokenizer, int]:
@@ -176,40 +203,3 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise MismatchError([Problem(f"{path} is no JSON object")])
     return found
-
-
-def _side(config: Mapping[str, Any], split: str) -> Iterator[Record]:
-    if split not in SPLITS:
-        raise ValueError(f"no split {split!r}; there are {', '.join(SPLITS)}")
-    holdout = config.get("holdout", DEFAULT_HOLDOUT)
-    return (record for record in records(config) if side_of(record.place, holdout) == split)
-
-
-class _Chats:
-    """How a record becomes the text to encode; transformers is imported when the first conversation comes."""
-
-    def __init__(self, folder: Path, tokenizer: Tokenizer):
-        self._folder, self._tokenizer = folder, tokenizer
-        self._chat: Chat | None = None
-        self.clear = self.unclear = 0
-        """Conversations of which it can be told what an assistant said, and others."""
-        self.reason = ""
-
-    def text(self, record: Record) -> str:
-        if not record.messages:
-            return record.text
-        if self._chat is None:
-            self._chat = Chat(self._folder, self._tokenizer)
-        return self._chat.text(record.messages)
-
-    def said(self, record: Record, text: str, ids: Sequence[int]) -> list[bool]:
-        if record.messages and self._chat is not None:
-            try:
-                found = self._chat.said(record.messages, text, ids)
-            except UnclearError as error:
-                self.unclear += 1
-                self.reason = self.reason or str(error)
-            else:
-                self.clear += 1
-                return found
-        return [False] * len(ids)

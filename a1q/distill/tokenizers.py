@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,15 @@ def chat_template_digest(folder: Path) -> str | None:
     return None if template is None else sha256_bytes(canonical_json(template))
 
 
+def prompts_of(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """What `a1q.data.chat.Chat.prompts_digest` gives for the model in a folder, by thinking: `on`, `off`, `default`."""
+    from a1q.data.chat import Chat
+
+    modes = {"on": True, "off": False, "default": None}
+    tokenizer = load_tokenizer(folder)[0]
+    return {name: Chat(folder, tokenizer, modes[name]).prompts_digest() for name in names}
+
+
 def require_same_tokens(folder: Path, other: Path, path: str) -> None:
     """Refuse two models whose tokenizers disagree.
 
@@ -44,8 +53,8 @@ def require_same_tokens(folder: Path, other: Path, path: str) -> None:
 
 
 def require_cache_of(folder: Path, meta: Mapping[str, Any], path: str) -> None:
-    """Refuse a teacher cache made with another tokenizer than a student's, or with another chat template where its text
-    went through one.
+    """Refuse a teacher cache made with another tokenizer than a student's, or with another chat template or other
+    prompts where its text went through one.
 
     Args:
         folder: the student's.
@@ -53,16 +62,20 @@ def require_cache_of(folder: Path, meta: Mapping[str, Any], path: str) -> None:
         path: of the option that names the cache.
 
     Raises:
-        MismatchError: it names the field, `tokenizer` or `chat_template`, and both digests' beginnings.
+        MismatchError: it names the field, `tokenizer`, `chat_template` or `prompts`, and both digests' beginnings.
     """
     fields = {"tokenizer": tokenizer_digest(folder)}
     if meta["chat_template"] is not None:
         fields["chat_template"] = chat_template_digest(folder) or "none"
+    known = dict(meta)
+    if all(meta[name] == own for name, own in fields.items()):  # else the prompts differ for that reason
+        for name, own in prompts_of(folder, meta.get("prompts", {})).items():
+            fields[f"prompts.{name}"], known[f"prompts.{name}"] = own, meta["prompts"][name]
     hint = "make the cache with this model's own (`from` of the `kd` stage), or train the model that it was made with"
     problems = [
-        Problem(f"`{name}` of the cache is {meta[name][:12]}, the model's is {own[:12]}", path=path, hint=hint)
+        Problem(f"`{name}` of the cache is {known[name][:12]}, the model's is {own[:12]}", path=path, hint=hint)
         for name, own in fields.items()
-        if own != meta[name]
+        if own != known[name]
     ]
     if problems:
         raise MismatchError(problems)

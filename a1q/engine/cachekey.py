@@ -68,5 +68,13 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
 
 
 def _data_part(entry: DataEntry) -> dict[str, Any]:
-    where = ("source", "revision")
-    return {"digest": entry.digest, **{name: value for name, value in entry.config.items() if name not in where}}
+    return {"digest": entry.digest, **_without_place(entry.config)}
+
+
+def _without_place(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A data entry but for names and places, which its digest stands for."""
+    where = ("source", "revision", "mix", "parts")
+    found = {name: value for name, value in config.items() if name not in where}
+    if config.get("parts"):
+        found["parts"] = [{**_without_place(part["entry"]), "weight": part["weight"]} for part in config["parts"]]
+    return found

@@ -224,7 +224,7 @@ class RunFolder:
             used = self.parts.get(stage.id, {}).get("data", {})
             for name, entry in stage.data.items():
                 facts[name] = {
-                    "source": entry.config.get("source"),
+                    "source": entry.config.get("source") or entry.config.get("mix"),
                     "revision": entry.config.get("revision"),
                     "digest": used.get(name, {}).get("digest", entry.digest),
                 }

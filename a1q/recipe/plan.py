@@ -52,7 +52,7 @@ class _Planner:
 
     def plan(self) -> Plan:
         recipe = self.recipe
-        data = {name: self.data_entry(name, config) for name, config in recipe.data.items()}
+        data = {name: self.data_entry(name, self.with_parts(config)) for name, config in recipe.data.items()}
         source = None
         if recipe.model is not None:
             found = self.model(recipe.model, ("model", "source"))
@@ -81,6 +81,16 @@ class _Planner:
             smoke=self.smoke,
         )
 
+    def with_parts(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A data entry with those that it mixes: `parts`, in the order of the mix."""
+        if config.get("mix") is None:
+            return config
+        parts = [
+            {"name": name, "weight": float(weight), "entry": self.recipe.data[name]}
+            for name, weight in config["mix"].items()
+        ]
+        return {**config, "parts": parts}
+
     def data_entry(self, name: str, config: Mapping[str, Any]) -> DataEntry:
         """The entry with its identity, as far as that is known without reading much."""
         from a1q.data import identify
@@ -88,7 +98,8 @@ class _Planner:
         try:
             return DataEntry(name, config, identify(config))
         except A1QError as error:
-            self.refuse(("data", name, "source"), error)
+            if config.get("mix") is None:  # else the part itself has said so
+                self.refuse(("data", name, "source"), error)
             return DataEntry(name, config)
 
     def model(self, written: Mapping[str, Any], path: Path) -> tuple[Artifact, ModelView] | None:

@@ -16,6 +16,9 @@ from a1q.recipe.recipe import Recipe, StageSpec, problem_at
 from a1q.recipe.schema import Checker, Finding
 from a1q.recipe.text import Node, kind_of, shortened
 
+OF_A_SOURCE = ("revision", "split", "column", "format", "thinking", "holdout")
+"""Options of a data entry that say how a source is read."""
+
 
 def recipe_schema() -> dict[str, Any]:
     """The schema of a recipe's root, `schemas/recipe.schema.json`."""
@@ -56,6 +59,7 @@ class _Validation:
         findings = self.checker.check(schema, self.document)
         self.report_all((), findings)
         self.check_patterns()
+        self.check_data()
         specs = self.stages({item.path[0] for item in findings if item.path})
         if self.problems:
             raise RecipeError(shortened(sorted(self.problems, key=lambda item: (item.line, item.column))))
@@ -87,6 +91,33 @@ class _Validation:
                     compile_pattern(match)
                 except ValueError as error:
                     self.report(("groups", name, "match"), str(error))
+
+    def check_data(self) -> None:
+        """Refuse an entry with neither or both of `source` and `mix`, and a mix of what can't be mixed."""
+        entries = self.document.get("data")
+        entries = entries if isinstance(entries, dict) else {}
+        for name, entry in entries.items():
+            if not isinstance(entry, dict):
+                continue
+            mix = entry.get("mix")
+            if (entry.get("source") is None) == (mix is None):
+                found = "neither" if mix is None else "both"
+                self.report(
+                    ("data", name), f"an entry has a `source` or a `mix`, and this one has {found}", at_key=True
+                )
+            if not isinstance(mix, dict):
+                continue
+            for key in OF_A_SOURCE:
+                if entry.get(key) is not None:
+                    hint = "write it in the entries that are mixed"
+                    self.report(("data", name, key), f"`{key}` belongs to a source, and this entry is a mix", hint)
+            for part in mix:
+                path = ("data", name, "mix", part)
+                if part not in entries:
+                    hint = paths.suggest(str(part), [item for item in entries if item != name], "entries")
+                    self.report(path, f"there is no entry {part!r} under `data:`", hint, at_key=True)
+                elif isinstance(entries[part], dict) and entries[part].get("mix") is not None:
+                    self.report(path, f"{part!r} is a mix itself", "mix sources", at_key=True)
 
     def stages(self, broken: set[Any]) -> list[StageSpec]:
         """Check and link every stage; `broken` are root keys with problems, of which references say nothing more."""

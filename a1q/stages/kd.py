@@ -154,6 +154,7 @@ class KdStage(Stage):
             data={"name": entry.name, "digest": entry.digest},
             said=None if said is None else {part: int(bits.sum()) for part, bits in said.items()},
             separate=separate,
+            prompts={name: digest for item in found.values() for name, digest in item.prompts.items()},
             said_problem="" if said is not None else found["train"].reason,
         )
         if world.leads:

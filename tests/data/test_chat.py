@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
 import numpy
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from a1q.data import conversational, read_sequences
 from a1q.data.bpe import CHAT_TEMPLATE, train_tokenizer
 from a1q.data.chat import Chat, UnclearError
 from a1q.data.sequences import load_tokenizer
-from a1q.errors import StageError
+from a1q.errors import MismatchError, StageError
 from tests.data.text import sentence
 
 MARKING = (
@@ -53,8 +56,8 @@ def said(folder: Path, messages: tuple[dict[str, str], ...] = TALK) -> list[str]
     """What is marked, run by run."""
     tokenizer, _ = load_tokenizer(folder)
     chat = Chat(folder, tokenizer)
-    text = chat.text(messages)
-    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    text = chat.example(messages)
+    ids = numpy.array(tokenizer.encode(text, add_special_tokens=False).ids)
     marks = chat.said(messages, text, ids)
     assert len(marks) == len(ids)
     runs: list[list[int]] = []
@@ -62,7 +65,7 @@ def said(folder: Path, messages: tuple[dict[str, str], ...] = TALK) -> list[str]
         if mark and (number == 0 or not marks[number - 1]):
             runs.append([])
         if mark:
-            runs[-1].append(ids[number])
+            runs[-1].append(int(ids[number]))
     return [tokenizer.decode(run, skip_special_tokens=False) for run in runs]
 
 
@@ -75,7 +78,10 @@ def test_answers_and_the_ends_of_their_turns(folder: Path, template: str) -> Non
 
 def test_what_stands_before_the_last_answer_alone(folder: Path) -> None:
     use(folder, THOUGHTFUL)
-    assert said(folder) == ["So.<|im_end|>", "<think>\n\n</think>\n\nSo. It is.<|im_end|>"]
+    last = "<think>\n\n</think>\n\nSo. It is.<|im_end|>"
+    assert said(folder) == ["So.<|im_end|>", last]
+    silent = {"role": "assistant", "content": ""}
+    assert said(folder, (TALK[1], silent, *TALK[1:])) == ["<|im_end|>", "So.<|im_end|>", last]
 
 
 @pytest.mark.parametrize(
@@ -84,7 +90,6 @@ def test_what_stands_before_the_last_answer_alone(folder: Path) -> None:
         (OPENING, TALK, "writes an answer's beginning otherwise"),
         (PICKY, TALK[1:], "of a beginning of the conversation, .*in pairs"),
         (CHAT_TEMPLATE, (TALK[1], {"role": "assistant", "content": "\n\nSo."}), "inside a token"),
-        (THOUGHTFUL, (TALK[1], {"role": "assistant", "content": ""}, *TALK), "otherwise once others follow"),
     ],
 )
 def test_what_cannot_be_told_is_said(
@@ -95,10 +100,102 @@ def test_what_cannot_be_told_is_said(
         said(folder, messages)
 
 
+CONTENTS = st.lists(
+    st.text(st.sampled_from("aB.\n <|im_end>¿é"), max_size=12)
+    | st.sampled_from([sentence(1), "<|im_end|>", "<think>"]),
+    min_size=1,
+    max_size=6,
+)
+
+
+@given(CONTENTS, st.booleans(), st.sampled_from([CHAT_TEMPLATE, THOUGHTFUL]))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
+def test_one_look_over_the_tokens_finds_what_the_template_says(
+    folder: Path, contents: list[str], system: bool, template: str
+) -> None:
+    chat = chats(folder, template, None)
+    assert chat._turns is not None
+    messages = [{"role": ("user", "assistant")[n % 2], "content": content} for n, content in enumerate(contents)]
+    if system:
+        messages.insert(0, {"role": "system", "content": "Be short."})
+    text = chat.example(messages)
+    ids = numpy.array(chat._tokenizer.encode(text, add_special_tokens=False).ids)
+    quick = chat._turns.said(messages, ids)
+    try:
+        wanted = chat._asked(messages, text, ids)
+    except UnclearError:
+        return  # nobody to compare with
+    if quick is not None:
+        assert (quick == wanted).all()
+    elif not any("<|im" in content for content in contents):
+        raise AssertionError("what is simple was not found")
+
+
+@functools.cache
+def chats(folder: Path, template: str, thinking: bool | None) -> Chat:
+    use(folder, template)
+    return Chat(folder, load_tokenizer(folder)[0], thinking)
+
+
+SWITCHED = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['role'] == 'assistant' and loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+    "{{ message['content'].split('</think>')[-1].lstrip('\n') + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{% if enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+    "{% endif %}"
+)
+"""As Qwen 3 does it."""
+
+
+@pytest.mark.parametrize("thinking", [True, False])
+@pytest.mark.parametrize("length", [2, 3, 5])
+def test_what_is_learned_from_begins_with_the_prompt(folder: Path, thinking: bool, length: int) -> None:
+    """Token by token, and what the assistant said is all that follows."""
+    chat = chats(folder, SWITCHED, thinking)
+    messages = TALK[:length] if length > 2 else TALK[1:3]
+    text, prompt = chat.example(messages), chat.prompt(messages[:-1])
+
+    def tokens(item: str) -> list[int]:
+        return chat._tokenizer.encode(item, add_special_tokens=False).ids
+
+    ids = numpy.array([token for piece in chat.pieces(messages) for token in tokens(piece)])
+    asked = numpy.array(tokens(prompt))
+    assert (ids[: len(asked)] == asked).all()
+    assert prompt.endswith("assistant\n" if thinking else "</think>\n\n")
+    assert text == prompt + messages[-1]["content"] + "<|im_end|>\n"
+    marks = chat.said(messages, text, ids)
+    line = len(tokens("\n"))
+    assert marks[len(asked) : len(ids) - line].all() and not marks[len(ids) - line :].any()
+    assert marks[: len(asked)].any() == (length == 5)  # the answer before
+
+
+def test_thoughts_stay_where_thinking_is_on(folder: Path) -> None:
+    for last in (
+        {"role": "assistant", "content": "<think>\nHm.\n</think>\n\nSo."},
+        {"role": "assistant", "content": "So.", "reasoning_content": "Hm."},
+    ):
+        messages = (TALK[1], last)
+        thoughtful, quiet = (chats(folder, SWITCHED, mode).example(messages) for mode in (True, False))
+        assert thoughtful.endswith("assistant\n<think>\nHm.\n</think>\n\nSo.<|im_end|>\n")
+        assert quiet.endswith("assistant\n<think>\n\n</think>\n\nSo.<|im_end|>\n") and "Hm" not in quiet
+
+
+def test_prompts_are_told_apart_by_their_tokens(folder: Path) -> None:
+    found = [chats(folder, SWITCHED, mode).prompts_digest() for mode in (None, True, False)]
+    assert found[0] == found[1] != found[2]
+    assert chats(folder, CHAT_TEMPLATE, False).prompts_digest() == chats(folder, CHAT_TEMPLATE, None).prompts_digest()
+
+
+def test_a_template_that_knows_no_thinking_is_said(folder: Path) -> None:
+    with pytest.raises(MismatchError, match="knows no thinking"):
+        chats(folder, CHAT_TEMPLATE, True)
+
+
 def test_a_conversation_that_the_template_refuses_is_no_crash(folder: Path) -> None:
     use(folder, PICKY)
     with pytest.raises(StageError, match=r"refuses a conversation of system, user, assistant, .*in pairs"):
-        Chat(folder, load_tokenizer(folder)).text(TALK)
+        Chat(folder, load_tokenizer(folder)[0]).example(TALK)
 
 
 def test_sequences_carry_the_marks(folder: Path, tmp_path: Path) -> None:

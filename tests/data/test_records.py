@@ -80,7 +80,9 @@ def test_a_bad_line_is_named(tmp_path: Path, line: bytes, message: str):
 
 def test_a_missing_named_column_is_named(tmp_path: Path):
     source = write_lines(tmp_path / "a.jsonl", [{"body": "x", "contents": "y"}])
-    with pytest.raises(StageError, match=r"no column 'content'; the columns found are body, contents; .*contents"):
+    with pytest.raises(
+        StageError, match=r"no column 'content', which .*; the columns found are body, contents; .*contents"
+    ):
         texts(source, column="content")
 
 
