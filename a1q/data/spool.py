@@ -25,7 +25,7 @@ class Spool:
         folder = home() / "tmp"
         folder.mkdir(parents=True, exist_ok=True)
         self._file: tempfile.SpooledTemporaryFile[bytes] = tempfile.SpooledTemporaryFile(  # noqa: SIM115
-            max_size=HELD, dir=folder, prefix="documents-"
+            max_size=HELD, dir=str(folder), prefix="documents-"
         )
         self._places = array("d")
         self._begins = array("Q", [0])

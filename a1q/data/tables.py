@@ -155,7 +155,7 @@ def _csv_rows(file: Path) -> Iterator[Row]:
     def decoded() -> Iterator[str]:
         nonlocal number
         with open(file, "rb") as handle:
-            for number, line in enumerate(handle, 1):  # noqa: B007  (said in messages)
+            for number, line in enumerate(handle, 1):
                 yield _decode(line, f"{file}:{number}")
 
     csv.field_size_limit(LONGEST_FIELD)
