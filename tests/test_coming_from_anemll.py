@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from a1q.recipe import load_recipe
 from tests.cli.support import a1q
 from tests.data.text import sentence
 from tests.test_recipes import QWEN3, hollow_model
@@ -123,6 +124,14 @@ def _runs() -> list[list[str]]:
 def test_a_recipe_and_its_changes_are_valid(arguments: list[str], place: Path):
     done = a1q("validate", *arguments)
     assert done.exit_code == 0, done.output
+
+
+@pytest.mark.parametrize("arguments", [item for item in _runs() if "/" in item[0]], ids=" ".join)
+def test_the_same_is_valid_for_the_built_in_model(arguments: list[str], place: Path):
+    name = arguments[0].partition("/")[2]
+    done = a1q("validate", name, *arguments[1:])
+    assert done.exit_code == 0, done.output
+    assert load_recipe(name).model["source"] == "builtin:pico"
 
 
 def test_every_recipe_is_valid(place: Path):
