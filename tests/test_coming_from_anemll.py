@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from a1q.engine.registry import load_registry
 from a1q.recipe import load_recipe
 from tests.cli.support import a1q
 from tests.data.text import sentence
@@ -131,7 +132,8 @@ def test_the_same_is_valid_for_the_built_in_model(arguments: list[str], place: P
     name = arguments[0].partition("/")[2]
     done = a1q("validate", name, *arguments[1:])
     assert done.exit_code == 0, done.output
-    assert load_recipe(name).model["source"] == "builtin:pico"
+    model = load_recipe(name, registry=load_registry()).model
+    assert model is not None and model["source"] == "builtin:pico"
 
 
 def test_every_recipe_is_valid(place: Path):
