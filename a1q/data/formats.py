@@ -112,8 +112,9 @@ FORMATS = {
     "qa": Format((*PAIRS, ("messages",)), '{"question": "Why?", "answer": "So."}', _qa),
 }
 """By name; `text`, running text, is none of them."""
-AUTOMATIC = ("alpaca", "dolly", "qa", "chat", "sharegpt")
-"""Those that `auto` looks for, in this order, in a row without a column of text."""
+AUTOMATIC = {name: FORMATS[name].columns for name in ("alpaca", "dolly", "qa", "chat", "sharegpt")} | {"qa": PAIRS}
+"""What `auto` looks for, in this order, in a row without a column of text; messages are `chat`, though `qa` takes
+them."""
 
 
 def decide(columns: Sequence[str] | Mapping[str, Any], column: str | None = None) -> str | None:
@@ -121,7 +122,7 @@ def decide(columns: Sequence[str] | Mapping[str, Any], column: str | None = None
     names = set(columns)
     if column is not None or names & set(TEXT_COLUMNS):
         return "text"
-    return next((name for name in AUTOMATIC if any(set(need) <= names for need in FORMATS[name].columns)), None)
+    return next((name for name, columns in AUTOMATIC.items() if any(set(need) <= names for need in columns)), None)
 
 
 def conversation_of(name: str, where: str, row: Mapping[str, Any]) -> Messages:
