@@ -121,8 +121,18 @@ class Chat:
             return numpy.zeros(len(ids), dtype=bool)
         if self._marks and self._thinking is None:
             return self._marked(messages, ids)
-        found = self._turns.said(self._answered(messages), ids) if self._turns else None
-        return self._asked(messages, text, ids) if found is None else found
+        found, sure = self.quickly([messages], ids, numpy.array([0, len(ids)]))
+        return found if sure[0] else self._asked(messages, text, ids)
+
+    def quickly(
+        self, talks: Sequence[Messages], ids: numpy.ndarray, bounds: numpy.ndarray
+    ) -> tuple[numpy.ndarray, numpy.ndarray]:
+        """What `Turns.said` finds, as far as it is sure; nothing of templates that have to be asked."""
+        import numpy
+
+        if self._turns is None:
+            return numpy.zeros(len(ids), dtype=bool), numpy.zeros(len(talks), dtype=bool)
+        return self._turns.said([self._answered(talk) for talk in talks], ids, bounds)
 
     def _rendered(self, messages: Messages, prompt: bool) -> str:
         plain = [dict(message) for message in messages]
@@ -146,7 +156,7 @@ class Chat:
 
     def _answered(self, messages: Messages) -> Messages:
         """The conversation with its last answer as it is written: with its thought where thinking is on."""
-        if self._thinking is None or messages[-1]["role"] != ASSISTANT:
+        if self._thinking is None or not messages or messages[-1]["role"] != ASSISTANT:
             return messages
         last = messages[-1]
         opened, closed = THOUGHT

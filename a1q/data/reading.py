@@ -111,33 +111,57 @@ class Reader:
     def _tokenized(self, picked: Sequence[Record], texts: Sequence[list[str]], coming: Any) -> Iterator[Tokenized]:
         import numpy
 
+        found: list[int] = []
+        bounds = [0]
         encodings = iter(coming.result())
-        for record, pieces in zip(picked, texts, strict=True):
-            found = [token for _ in pieces for token in next(encodings).ids]
-            ids = numpy.array([*found, self._end], dtype=numpy.int32)
+        for pieces in texts:
+            for _ in pieces:
+                found += next(encodings).ids
+            found.append(self._end)
+            bounds.append(len(found))
+        ids = numpy.array(found, dtype=numpy.int32)
+        said = self._said(picked, texts, ids, numpy.array(bounds)) if self._marks else None
+        for number, record in enumerate(picked):
             self._told.templated = self._told.templated or bool(record.messages)
-            yield Tokenized(ids, self._said(record, "".join(pieces), ids) if self._marks else None)
+            own = slice(bounds[number], bounds[number + 1])
+            yield Tokenized(ids[own], None if said is None else said[own])
 
     def _pieces(self, record: Record) -> list[str]:
         return self._chat(record).pieces(record.messages) if record.messages else [record.text]
 
-    def _said(self, record: Record, text: str, ids: numpy.ndarray) -> numpy.ndarray:
+    def _said(
+        self, picked: Sequence[Record], texts: Sequence[list[str]], ids: numpy.ndarray, bounds: numpy.ndarray
+    ) -> numpy.ndarray:
+        """bool [n] of a batch's tokens; what one look doesn't find of a conversation is asked of its template."""
         import numpy
 
-        found = numpy.zeros(len(ids), dtype=bool)
-        if record.messages:
-            try:
-                found[:-1] = self._chat(record).said(record.messages, text, ids[:-1])
-            except UnclearError as error:
-                self._told.unclear += 1
-                self._told.reason = self._told.reason or str(error)
-            else:
-                self._told.clear += 1
-        return found
+        marks = numpy.zeros(len(ids), dtype=bool)
+        sure = numpy.zeros(len(picked), dtype=bool)
+        for mode, chat in self._chats.items():
+            own = [record.messages if record.messages and self._mode(record) == mode else () for record in picked]
+            found, known = chat.quickly(own, ids, bounds)
+            known &= [bool(messages) for messages in own]
+            marks |= found & numpy.repeat(known, numpy.diff(bounds))
+            sure |= known
+        for number, record in enumerate(picked):
+            if record.messages and not sure[number]:
+                place = slice(bounds[number], bounds[number + 1] - 1)
+                try:
+                    marks[place] = self._chat(record).said(record.messages, "".join(texts[number]), ids[place])
+                except UnclearError as error:
+                    self._told.unclear += 1
+                    self._told.reason = self._told.reason or str(error)
+                else:
+                    sure[number] = True
+        self._told.clear += int(sure.sum())
+        return marks
+
+    def _mode(self, record: Record) -> bool | None:
+        return self._modes[int(record.place * (1 << 40)) % len(self._modes)]
 
     def _chat(self, record: Record) -> Chat:
         """The template as this conversation takes it; transformers is imported when the first one comes."""
-        mode = self._modes[int(record.place * (1 << 40)) % len(self._modes)]
+        mode = self._mode(record)
         if mode not in self._chats:
             chat = self._chats[mode] = Chat(self._folder, self._tokenizer, mode)
             name = "default" if mode is None else "on" if mode else "off"

@@ -78,7 +78,8 @@ def read_sequences(
 ) -> Sequences:
     """Token sequences of one side: documents shuffled by `seed`, joined by the end-of-text token, cut in blocks.
 
-    Memory holds the tokens asked for, and of the documents at most `a1q.data.spool.HELD` bytes and eight bytes each.
+    Memory holds the tokens asked for, and of the documents at most `a1q.data.spool.HELD` characters and
+    some bytes each.
 
     Args:
         config: a data entry; `attention` None separates documents where a conversation is among them.

@@ -7,12 +7,13 @@ import tempfile
 from array import array
 from collections.abc import Iterable
 from types import TracebackType
+from typing import IO
 
 from a1q.data.records import Record
 from a1q.engine.files import home
 
 HELD = 64 << 20
-"""Bytes held in memory; from then on a temporary file in `$A1Q_HOME/tmp` holds them, which goes with the process."""
+"""Characters held in memory; from then on a file in `$A1Q_HOME/tmp` holds them, which goes with the process."""
 
 
 class Spool:
@@ -22,27 +23,29 @@ class Spool:
     """
 
     def __init__(self, records: Iterable[Record]):
-        folder = home() / "tmp"
-        folder.mkdir(parents=True, exist_ok=True)
-        self._file: tempfile.SpooledTemporaryFile[bytes] = tempfile.SpooledTemporaryFile(  # noqa: SIM115
-            max_size=HELD, dir=str(folder), prefix="documents-"
-        )
-        self._places = array("d")
-        self._begins = array("Q", [0])
+        self._held: list[Record] = []
+        self._file: IO[bytes] | None = None
+        self._places, self._begins = array("d"), array("Q", [0])
+        size = 0
         try:
             for record in records:
-                content = json.dumps([record.text, [dict(message) for message in record.messages]])
-                self._file.write(content.encode("ascii"))
-                self._places.append(record.place)
-                self._begins.append(self._file.tell())
+                if self._file is not None:
+                    self._write(self._file, record)
+                    continue
+                self._held.append(record)
+                size += len(record.text) + sum(len(text) for message in record.messages for text in message.values())
+                if size > HELD:
+                    self._spill()
         except BaseException:
-            self._file.close()
+            self.close()
             raise
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._held) if self._file is None else len(self._places)
 
     def __getitem__(self, number: int) -> Record:
+        if self._file is None:
+            return self._held[number]
         begin = self._begins[number]
         self._file.seek(begin)
         text, messages = json.loads(self._file.read(self._begins[number + 1] - begin))
@@ -54,4 +57,23 @@ class Spool:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the file."""
+        if self._file is not None:
+            self._file.close()
+
+    def _spill(self) -> None:
+        folder = home() / "tmp"
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
+        for record in self._held:
+            self._write(self._file, record)
+        self._held.clear()
+
+    def _write(self, file: IO[bytes], record: Record) -> None:
+        content = json.dumps([record.text, [dict(message) for message in record.messages]]).encode("ascii")
+        file.write(content)
+        self._places.append(record.place)
+        self._begins.append(self._begins[-1] + len(content))

@@ -36,27 +36,46 @@ class Turns:
     closing: str
     """That token's text."""
 
-    def said(self, messages: Sequence[Mapping[str, str]], ids: numpy.ndarray) -> numpy.ndarray | None:
-        """Of the tokens `ids` [n], those that an assistant said, the end of its turn included; None if unsure."""
+    def said(
+        self, talks: Sequence[Sequence[Mapping[str, str]]], ids: numpy.ndarray, bounds: numpy.ndarray
+    ) -> tuple[numpy.ndarray, numpy.ndarray]:
+        """Find what an assistant said, ends of turns included, in the tokens of several conversations at once.
+
+        Args:
+            talks: the r conversations; of an empty one nothing is looked for.
+            ids: integers [n], their tokens one behind the other.
+            bounds: integers [r + 1], where each begins, and n.
+
+        Returns:
+            bool [n], and bool [r]: of which conversations it is sure. Of others nothing is marked.
+        """
         import numpy
 
-        answers = [message["content"] for message in messages if message["role"] == "assistant"]
-        found = numpy.zeros(len(ids), dtype=bool)
         size = len(self.opening)
         places = numpy.flatnonzero(ids[: len(ids) - size + 1] == self.opening[0])
         for offset in range(1, size):
             places = places[ids[places + offset] == self.opening[offset]]
-        if len(places) != len(answers) or any(self.closing in answer for answer in answers):
-            return None
-        ends = numpy.flatnonzero(ids == self.end)
-        last = len(places) - 1 if messages[-1]["role"] == "assistant" else len(places)
-        for number, place in enumerate(places + size):
-            begin = place + (self.more if number == last else 0)
-            after = numpy.searchsorted(ends, begin)
-            if after == len(ends):
-                return None
-            found[begin : ends[after] + 1] = True
-        return found
+        owner = numpy.searchsorted(bounds, places, side="right") - 1
+        wanted = numpy.array([self._answers(talk) for talk in talks])
+        sure = numpy.bincount(owner, minlength=len(talks)) == wanted
+        last = numpy.append(owner[1:] != owner[:-1], True)[: len(owner)]
+        begins = places + size
+        if self.more:
+            answered = numpy.array([bool(talk) and talk[-1]["role"] == "assistant" for talk in talks], dtype=bool)
+            begins = begins + self.more * (last & answered[owner])
+        ends = numpy.append(numpy.flatnonzero(ids == self.end), len(ids))
+        ends = ends[numpy.searchsorted(ends, begins)]
+        sure[owner[ends >= bounds[owner + 1]]] = False
+        kept = sure[owner]
+        steps = numpy.zeros(len(ids) + 1, dtype=numpy.int32)
+        steps[begins[kept]] += 1
+        steps[ends[kept] + 1] -= 1
+        return numpy.cumsum(steps[:-1]) > 0, sure
+
+    def _answers(self, talk: Sequence[Mapping[str, str]]) -> int:
+        """How many there are; -1, so never as many as are found, where one holds what ends a turn."""
+        answers = [message["content"] for message in talk if message["role"] == "assistant"]
+        return -1 if any(self.closing in answer for answer in answers) else len(answers)
 
 
 def learn(render: Render, prompt: Render, tokenizer: Tokenizer, special: Sequence[str]) -> Turns | None:
