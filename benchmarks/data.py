@@ -2,8 +2,9 @@
 
 Speed: `read_sequences` over all of a JSONL file (templates, marks of what an assistant said, order, packing; and, in a
 column of its own, reading the file) against the tokenizer alone (`encode_batch_fast` on the finished texts, which lie
-in memory), both on all cores, in turns in one process; least of `ROUNDS`. The tokenizer is one of the Qwen kind, trained here: byte-level BPE with 32,000
-tokens. Memory: peak resident size of a process that reads 2,048 sequences out of files of growing size.
+in memory), both on all cores, in turns in one process; least of `ROUNDS`. The tokenizer is one of the Qwen kind,
+trained here: byte-level BPE with 32,000 tokens. Memory: peak resident size of a process that reads 2,048 sequences out
+of files of growing size.
 """
 
 from __future__ import annotations
