@@ -147,45 +147,23 @@ class LoraRecoverStage(Stage):
         Raises:
             StageError, MismatchError, Interrupted: as `train`.
         """
-        from a1q.distill.cache import TeacherCache
-        from a1q.distill.teacher_model import load_teacher
-        from a1q.distill.tokenizers import require_cache_of
         from a1q.models.checkpoint import load_model, save_model
         from a1q.quant.module import quantized_modules
         from a1q.training.adapters import save_peft_adapter
-        from a1q.training.device import note_rounding, prepare_torch
         from a1q.training.memory import told_what_to_lower
         from a1q.training.parameters import select_modules, set_aside_latents
 
         config, source, teacher = ctx.config, ctx.inputs["model"], ctx.inputs["teacher"]
         assert source is not None and teacher is not None
-        device = prepare_torch(ctx.runtime, ctx.seed, ctx.world)
-        note_rounding(ctx, config.straight_through_fp16)
-        cache = TeacherCache(teacher.path)
-        require_cache_of(source.path, cache.meta, f"stages.{ctx.id}.objective.kd")
-        model = load_model(source.path, device=device)
-        modules = dict(quantized_modules(model))
-        selected = select_modules(modules, ctx.groups, config.groups)
-        chosen = {name: module for name, module in selected.items() if module.kind == "linear"}
-        for module in modules.values():
-            module.straight_through_fp16 = config.straight_through_fp16
-        latents = set_aside_latents(modules)
-        objective = Distillation(
-            model,
-            cache,
-            config.objective,
-            config.batch,
-            ctx.runtime,
-            ctx.seed,
-            config.evaluate_sequences,
-            load_teacher(teacher, ctx.inputs.get("teacher_model"), device) if config.objective.online else None,
-            f"stages.{ctx.id}.objective.targets",
-        )
+        objective, modules = Distillation.begin(ctx)
         if objective.held_out() is None:
             raise StageError(UNJUDGED)
+        selected = select_modules(modules, ctx.groups, config.groups)
+        chosen = {name: module for name, module in selected.items() if module.kind == "linear"}
+        latents = set_aside_latents(modules)
         identity = {"model": source.digest, "teacher": teacher.digest}
         smaller = f"`rank` from {config.rank} to {max(config.rank // 2, 1)}"
-        with told_what_to_lower(config.batch.sequences, config.batch.accumulate, cache.seq_len, smaller):
+        with told_what_to_lower(config.batch.sequences, config.batch.accumulate, objective.cache.seq_len, smaller):
             _train_adapters(ctx, objective, chosen, identity, _start(ctx, chosen))
             helped = config.merge != "refit" or _refit(ctx, objective, chosen, latents, identity)
         if not ctx.world.leads:
@@ -201,9 +179,9 @@ class LoraRecoverStage(Stage):
         for name, latent in latents.items():
             if modules[name].latent is None:
                 modules[name].start_latent(latent)
-        save_model(model, ctx.out, tokenizer_from=source.path)
+        save_model(objective.model, ctx.out, tokenizer_from=source.path)
         if config.merge == "adapter":
-            save_peft_adapter(model, ctx.out / "adapter")
+            save_peft_adapter(objective.model, ctx.out / "adapter")
 
 
 def _check_judge(ctx: PlanContext) -> None:

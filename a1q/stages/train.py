@@ -145,12 +145,8 @@ class TrainStage(Stage):
             MismatchError: if a checkpoint of another machine or thread count stands in the way.
             Interrupted: at SIGINT or SIGTERM, after a checkpoint.
         """
-        from a1q.distill.cache import TeacherCache
-        from a1q.distill.teacher_model import load_teacher
-        from a1q.distill.tokenizers import require_cache_of
-        from a1q.models.checkpoint import load_model, save_model
-        from a1q.quant.module import quantized_modules
-        from a1q.training.device import note_rounding, prepare_torch, recompute_layers
+        from a1q.models.checkpoint import save_model
+        from a1q.training.device import recompute_layers
         from a1q.training.kept import KeptSteps
         from a1q.training.layerwise import train_layers
         from a1q.training.loop import LoopSpec, run_loop
@@ -162,18 +158,12 @@ class TrainStage(Stage):
         split = ctx.runtime.shard and not ctx.world.alone and config.layerwise is None
         if config.keep_every and split:
             raise MismatchError("`keep_every` writes whole models, and `runtime.shard` splits them: leave one out")
-        device = prepare_torch(ctx.runtime, ctx.seed, ctx.world)
-        note_rounding(ctx, config.straight_through_fp16)
-        cache = TeacherCache(teacher.path)
-        require_cache_of(source.path, cache.meta, f"stages.{ctx.id}.objective.kd")
-        model = load_model(source.path, device=device)
-        modules = dict(quantized_modules(model))
+        objective, modules = Distillation.begin(ctx)
+        model = objective.model
         chosen = select_modules(modules, ctx.groups, config.groups)
         if config.layerwise:
             turns = turns_of(model, chosen, config)
             chosen = {name: module for turn in turns for name, module in turn.modules.items()}
-        for module in modules.values():
-            module.straight_through_fp16 = config.straight_through_fp16
         weights = "weights" in config.trainable
         still = [name for name in modules if name not in chosen or not weights or config.layerwise]
         aside = set_aside_latents({name: modules[name] for name in still})
@@ -186,17 +176,6 @@ class TrainStage(Stage):
         for module in chosen.values():
             module.snapped_sets = still_snapped(module.snapped_sets, config.trainable, config.freeze)
         set_form(config.form, chosen.values())
-        objective = Distillation(
-            model,
-            cache,
-            config.objective,
-            config.batch,
-            ctx.runtime,
-            ctx.seed,
-            config.evaluate_sequences,
-            load_teacher(teacher, ctx.inputs.get("teacher_model"), device) if config.objective.online else None,
-            f"stages.{ctx.id}.objective.targets",
-        )
         model.train()
         if config.recompute:
             recompute_layers(model)
@@ -212,7 +191,7 @@ class TrainStage(Stage):
         kept, batch = KeptSteps(ctx.scratch, save), config.batch
         less = "what trains: without `weights` in `trainable` a quarter of the memory is enough"
         identity = {"model": source.digest, "teacher": teacher.digest}
-        with told_what_to_lower(batch.sequences, batch.accumulate, cache.seq_len, less, config.recompute):
+        with told_what_to_lower(batch.sequences, batch.accumulate, objective.cache.seq_len, less, config.recompute):
             if config.layerwise:
                 result = train_layers(ctx, turns, objective, aside, kept.keep, identity)
             else:

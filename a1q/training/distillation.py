@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from a1q.distill.cache import TeacherCache
 from a1q.distill.losses import ASSISTANT, Terms, tail_problem
-from a1q.engine.stage import Runtime
+from a1q.engine.stage import Runtime, StageContext
 from a1q.engine.world import ALONE, World
 from a1q.errors import MismatchError, Problem, StageError
 from a1q.models.view import PREPARED
@@ -18,6 +18,8 @@ from a1q.training.width import tiled
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from a1q.quant.module import QuantModule
 
 ROTATES = "rotate_residual"
 """The preparation that changes the basis of hidden states."""
@@ -141,6 +143,50 @@ class Distillation:
         )
         self.training_loss: Any = self.loss
         self.world = ALONE
+
+    @classmethod
+    def begin(cls, ctx: StageContext) -> tuple[Distillation, dict[str, QuantModule]]:
+        """What a stage that trains a quantized model begins with: inputs `model` and `teacher`, loaded and checked.
+
+        `ctx.config` has `objective`, `batch`, `evaluate_sequences` and `straight_through_fp16`, which is set.
+
+        Returns:
+            The objective over the model, and the model's quantized modules by name.
+
+        Raises:
+            MismatchError: as `__init__`, and if the cache is that of another tokenizer or prompt.
+            StageError: as `__init__`.
+        """
+        from a1q.distill.teacher_model import load_teacher
+        from a1q.distill.tokenizers import require_cache_of
+        from a1q.models.checkpoint import load_model
+        from a1q.quant.module import quantized_modules
+        from a1q.training.device import note_rounding, prepare_torch
+
+        config, source, teacher = ctx.config, ctx.inputs["model"], ctx.inputs["teacher"]
+        assert source is not None and teacher is not None
+        device = prepare_torch(ctx.runtime, ctx.seed, ctx.world)
+        note_rounding(ctx, config.straight_through_fp16)
+        cache = TeacherCache(teacher.path)
+        require_cache_of(source.path, cache.meta, f"stages.{ctx.id}.objective.kd")
+        model = load_model(source.path, device=device)
+        modules = dict(quantized_modules(model))
+        for module in modules.values():
+            module.straight_through_fp16 = config.straight_through_fp16
+        along = load_teacher(teacher, ctx.inputs.get("teacher_model"), device) if config.objective.online else None
+        path = f"stages.{ctx.id}.objective.targets"
+        objective = cls(
+            model,
+            cache,
+            config.objective,
+            config.batch,
+            ctx.runtime,
+            ctx.seed,
+            config.evaluate_sequences,
+            along,
+            path,
+        )
+        return objective, modules
 
     def loss_of(self, step: int, micro: int) -> tuple[Tensor, dict[str, float]]:
         """Mean loss per token of one micro-batch."""
