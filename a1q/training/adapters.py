@@ -59,17 +59,28 @@ def save_peft_adapter(model: nn.Module, folder: Path) -> None:
 
     `PeftModel.from_pretrained(base, folder)` then computes on the exported Hugging Face folder what `model` computes.
     """
-    from safetensors.torch import save_file
-
     from a1q.quant.module import quantized_modules
+
+    write_peft_folder(
+        {
+            name: (module.lora_A, module.lora_B, module.adapter_alpha)
+            for name, module in quantized_modules(model)
+            if module.lora_A is not None and module.lora_B is not None
+        },
+        folder,
+    )
+
+
+def write_peft_folder(adapters: Mapping[str, tuple[Tensor, Tensor, float]], folder: Path) -> None:
+    """Write adapters as PEFT does: name of a linear -> A [rank, in], B [out, rank] and alpha."""
+    from safetensors.torch import save_file
 
     tensors: dict[str, Tensor] = {}
     sizes: dict[str, tuple[int, float]] = {}
-    for name, module in quantized_modules(model):
-        if module.lora_A is not None and module.lora_B is not None:
-            sizes[name] = (len(module.lora_A), module.adapter_alpha)
-            for part, tensor in (("lora_A", module.lora_A), ("lora_B", module.lora_B)):
-                tensors[f"base_model.model.{name}.{part}.weight"] = tensor.detach().cpu().contiguous()
+    for name, (lora_a, lora_b, alpha) in adapters.items():
+        sizes[name] = (len(lora_a), alpha)
+        for part, tensor in (("lora_A", lora_a), ("lora_B", lora_b)):
+            tensors[f"base_model.model.{name}.{part}.weight"] = tensor.detach().cpu().contiguous()
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
     config = _lora_config(sizes, dropout=0.0)
