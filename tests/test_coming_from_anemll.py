@@ -18,8 +18,9 @@ from a1q.engine.registry import load_registry
 from a1q.recipe import load_recipe
 from tests.cli.support import a1q
 from tests.data.text import sentence
+from tests.importing.formats import v1
 from tests.test_recipes import QWEN3, hollow_model
-from tests.tiny import tiny_family_folder
+from tests.tiny import tiny_family_folder, tiny_folder
 from tests.translation import (
     LINK,
     NAMES,
@@ -147,6 +148,8 @@ def test_recipes_are_planned_for_the_shapes_they_are_meant_for(place: Path, monk
     monkeypatch.setattr("a1q.models.source.content_digest", lambda folder, names: "not read")
     model = hollow_model(place / "model", QWEN3)
     for arguments in _runs():
+        if arguments[0] == "v2-from-v1.yaml":
+            continue  # run from its checkpoint to its export below
         data = "chat" if arguments[0] == "cache.yaml" else "text"
         here = [f"model.source={model}", f"data.{data}={{source: {place / 'text.jsonl'}, seq_len: 32, holdout: 0.2}}"]
         done = a1q("plan", *arguments, *(word for item in here for word in ("--set", item)))
@@ -177,6 +180,25 @@ def test_recovery_goes_on_from_another_run(place: Path):
     assert done.exit_code == 0, done.output
     written = place / "runs" / "recovery-smoke" / "export"
     assert (written / "hf" / "model.safetensors").is_file() and (written / "ane" / "model.mlpackage").is_dir()
+
+
+def test_a_checkpoint_of_theirs_becomes_a_package(place: Path):
+    tiny_folder(place / "base", head_dim=32)
+    v1(head_dim=32).save(place / "runs" / "v1", "best.pt")
+    (words,) = (words for words in commands(TEXT) if words[1] == "import")
+    assert "Qwen/Qwen3-0.6B" in words
+    here = ["base" if word == "Qwen/Qwen3-0.6B" else word for word in words[1:]]
+    done = a1q(*here, "--sequences", 0)
+    assert done.exit_code == 0, done.output
+    sets = [
+        f"data.text={{source: {place / 'text.jsonl'}, seq_len: 32, holdout: 0.2}}",
+        "stages.teacher.model={source: base}",
+        "stages.ane.context=128",
+        "stages.ane.verify={prompt: 40, generate: 4, random: 16}",
+    ]
+    done = a1q("run", "v2-from-v1.yaml", "--smoke", *(word for item in sets for word in ("--set", item)))
+    assert done.exit_code == 0, done.output
+    assert (place / "runs" / "v2-from-v1-smoke" / "export" / "ane" / "model.mlpackage").is_dir()
 
 
 def test_the_readme_names_the_page():
