@@ -23,7 +23,7 @@ from typing import Any
 
 from benchmarks.common import print_table, save
 
-ROUNDS, MEGABYTES, LENGTH = 3, 15, 128
+ROUNDS, MEGABYTES, LENGTH = 3, 40, 128
 SIZES = (50, 200, 1000)
 """Megabytes of the files whose reading is weighed."""
 LIMIT = 0.8

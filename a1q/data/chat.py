@@ -9,8 +9,9 @@ tokens: the tokens of the text up to there begin those of the whole.
 from __future__ import annotations
 
 import functools
+import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -135,14 +136,40 @@ class Chat:
         return self._turns.said([self._answered(talk) for talk in talks], ids, bounds)
 
     def _rendered(self, messages: Messages, prompt: bool) -> str:
-        plain = [dict(message) for message in messages]
         try:
-            return self._templated.apply_chat_template(
-                plain, tokenize=False, add_generation_prompt=prompt, **self._switches
-            )
+            if self._compiled is not None and messages and all(map(_is_plain, messages)):
+                return self._compiled(messages=list(messages), add_generation_prompt=prompt)
+            return self._applied(messages, prompt)
         except Exception as error:  # templates raise what they like
             roles = ", ".join(message["role"] for message in messages)
             raise StageError(f"the chat template refuses a conversation of {roles}: {error}") from None
+
+    def _applied(self, messages: Messages, prompt: bool) -> str:
+        plain = [dict(message) for message in messages]
+        return self._templated.apply_chat_template(
+            plain, tokenize=False, add_generation_prompt=prompt, **self._switches
+        )
+
+    @functools.cached_property
+    def _compiled(self) -> Callable[..., str] | None:
+        """`render` of the template as transformers compiles it, with what `apply_chat_template` gives it.
+
+        That function takes as long to look for tools, images and tensors in what it is given as the template takes to
+        write, and nothing but text comes here. None where transformers has no such compiler, or the two differ.
+        """
+        try:
+            from transformers.utils.chat_template_utils import _compile_jinja_template
+
+            template: Any = _compile_jinja_template(self._templated.get_chat_template())
+            given = {"tools": None, "documents": None, **self._templated.special_tokens_map, **self._switches}
+            render = functools.partial(template.render, **given)
+            same = all(
+                render(messages=list(talk), add_generation_prompt=prompt) == self._applied(talk, prompt)
+                for talk, prompt in itertools.product(PROBES, (True, False))
+            )
+        except Exception:  # a part of transformers that may change, or a template that refuses the probes
+            return None
+        return render if same else None
 
     @functools.cached_property
     def _tail(self) -> str:
@@ -217,6 +244,11 @@ class Chat:
         """Without the space behind the token that ends the turn, where there is such a token."""
         bare = said.rstrip()
         return bare if bare.endswith(self._special) else said
+
+
+def _is_plain(message: Mapping[str, str]) -> bool:
+    """Whether it is a role and text."""
+    return len(message) == 2 and type(message.get("role")) is str and type(message.get("content")) is str
 
 
 def thinking_of(config: Mapping[str, Any]) -> tuple[bool | None, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 DEFAULT_HOLDOUT = 0.05
-BATCH = 256
+BATCH = 512
 """Documents encoded at once."""
 
 
@@ -111,15 +112,14 @@ class Reader:
     def _tokenized(self, picked: Sequence[Record], texts: Sequence[list[str]], coming: Any) -> Iterator[Tokenized]:
         import numpy
 
-        found: list[int] = []
-        bounds = [0]
+        found, bounds = array("i"), [0]
         encodings = iter(coming.result())
         for pieces in texts:
             for _ in pieces:
-                found += next(encodings).ids
+                found.fromlist(next(encodings).ids)
             found.append(self._end)
             bounds.append(len(found))
-        ids = numpy.array(found, dtype=numpy.int32)
+        ids = numpy.frombuffer(found, dtype=numpy.intc)
         said = self._said(picked, texts, ids, numpy.array(bounds)) if self._marks else None
         for number, record in enumerate(picked):
             self._told.templated = self._told.templated or bool(record.messages)

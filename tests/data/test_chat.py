@@ -232,3 +232,40 @@ def test_what_an_entry_says_of_its_documents() -> None:
         ({"source": "some/set"}, None),
     ]
     assert [conversational(entry) for entry, _ in known] == [answer for _, answer in known]
+
+
+TEMPLATES = st.sampled_from([CHAT_TEMPLATE, THOUGHTFUL, MARKING, SWITCHED, PICKY, "{{ bos_token }}" + CHAT_TEMPLATE])
+
+
+@given(CONTENTS, TEMPLATES, st.booleans(), st.booleans())
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
+def test_the_template_writes_what_apply_chat_template_says(
+    folder: Path, contents: list[str], template: str, prompt: bool, thought: bool
+) -> None:
+    """Whether it is asked directly or not, and refuses alike."""
+    chat = chats(folder, template, None)
+    messages = [{"role": ("user", "assistant")[n % 2], "content": content} for n, content in enumerate(contents)]
+    if thought:
+        messages[-1]["reasoning_content"] = "Hm."
+    try:
+        wanted = chat._templated.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+    except Exception:
+        with pytest.raises(StageError, match="refuses a conversation of user"):
+            chat._rendered(messages, prompt)
+    else:
+        assert chat._rendered(messages, prompt) == wanted
+        assert template == PICKY or chat._compiled is not None
+
+
+def test_without_the_compiler_of_transformers_the_text_is_the_same(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.utils import chat_template_utils
+
+    use(folder, SWITCHED)
+    fast = Chat(folder, load_tokenizer(folder)[0], False)
+    monkeypatch.delattr(chat_template_utils, "_compile_jinja_template")
+    slow = Chat(folder, load_tokenizer(folder)[0], False)
+    assert fast._compiled is not None and slow._compiled is None
+    monkeypatch.undo()  # apply_chat_template itself compiles with it
+    assert fast.pieces(TALK) == slow.pieces(TALK) and fast.prompt(TALK[:-1]) == slow.prompt(TALK[:-1])
