@@ -12,7 +12,7 @@ import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from a1q.errors import StageError
 from a1q.models.view import QUANTIZED, SNAPPED, read_safetensors_header, weight_files
@@ -94,12 +94,28 @@ def copy_companions(source: Path, folder: Path) -> None:
             shutil.copyfile(source / name, folder / name)
 
 
-def load_model(folder: Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Any:
+class Replacement(Protocol):
+    """Puts other modules in place while an a1q folder is read: no two forms of all weights are ever there at once."""
+
+    def quantized(self, model: Any, name: str) -> None:
+        """The quantized module `name` has been read and is in place, but for its bias."""
+
+    def dense(self, model: Any, file: Path, header: Mapping[str, Any]) -> set[str]:
+        """No dense tensor has been read yet; say which of `file`, whose header it is, need not be."""
+
+
+def load_model(
+    folder: Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    replace: Replacement | None = None,
+) -> Any:
     """The model of an a1q folder or of a plain Hugging Face folder, in eval mode, with SDPA attention.
 
     Args:
         folder: nothing is looked up elsewhere.
         dtype: of dense parameters; float32 by default. Parts of quantized modules keep their own.
+        replace: what puts other modules in place as those of an a1q folder are read.
 
     Raises:
         StageError: if the folder is no model, a file is damaged, tensors are missing, unexpected or of another
@@ -115,7 +131,7 @@ def load_model(folder: Path, device: str | torch.device = "cpu", dtype: torch.dt
     if text is None:
         model = _load_plain(folder, dtype)
     else:
-        model = _load_own(folder, _facts(folder, text), dtype)
+        model = _load_own(folder, _facts(folder, text), dtype, headers[folder / WEIGHTS], replace)
     return model.to(device).eval()
 
 
@@ -194,7 +210,13 @@ def _load_plain(folder: Path, dtype: torch.dtype) -> Any:
     return model
 
 
-def _load_own(folder: Path, facts: Mapping[str, Any], dtype: torch.dtype) -> Any:
+def _load_own(
+    folder: Path,
+    facts: Mapping[str, Any],
+    dtype: torch.dtype,
+    header: Mapping[str, Any],
+    replace: Replacement | None,
+) -> Any:
     from accelerate import init_empty_weights  # type: ignore[import-untyped]
     from safetensors import safe_open
     from transformers import AutoModelForCausalLM
@@ -215,6 +237,10 @@ def _load_own(folder: Path, facts: Mapping[str, Any], dtype: torch.dtype) -> Any
             module, taken = _read_quantized(folder, file, names, name, fact, dense)
             used |= taken
             swap_module(model, name, module)
+            if replace is not None:
+                replace.quantized(model, name)
+        if replace is not None:
+            used |= replace.dense(model, folder / WEIGHTS, header)
         expected = _dense_tensors(model, facts)
         _refuse_differences(folder, set(expected) - names, names - used - set(expected))
         for name, slot in expected.items():

@@ -12,7 +12,7 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from a1q.quant.scheme import FactorPalettes, Palettized, Scheme, Shape
+from a1q.quant.scheme import FactorPalettes, Palettized, Scheme, Shape, TableForm
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -91,6 +91,10 @@ class LowRankScale(Scheme):
     @abstractmethod
     def table(self, lut: Tensor) -> Tensor:
         """T [1, n], every number that `lut` holds."""
+
+    def tables_of_rows(self, lut: Tensor) -> tuple[Tensor, bool]:
+        """(tables, whether interleaved) of a `TableForm` whose indices are those stored, once for each row."""
+        return self.table(lut), False
 
     @abstractmethod
     def places(self, indices: Tensor) -> Tensor:
@@ -179,6 +183,15 @@ class LowRankScale(Scheme):
             factors = FactorPalettes(parts["a_indices"], parts["a_lut"], parts["b_indices"], parts["b_lut"])
         seen = looked_up(parts)
         return Palettized(parts["indices"], parts["lut"][None], seen["a"], seen["b"], factors)
+
+    def table_form(self, parts: Mapping[str, Tensor]) -> TableForm:
+        parts = _counting(parts)
+        rows = parts["a"] * parts["g"] if "g" in parts else parts["a"]
+        tables, interleaved = self.tables_of_rows(parts["lut"])
+        indices = parts["indices"]
+        if self.vector > 1:
+            indices = indices.repeat_interleave(self.vector, dim=0)
+        return TableForm(indices, tables, interleaved, rows, parts["b"])
 
     def product(self, parts: Mapping[str, Tensor], latent: Tensor | None, x: Tensor, fp16: bool) -> Tensor | None:
         from a1q.quant.straight_through import fold, rounded_through

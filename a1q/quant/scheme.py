@@ -59,6 +59,26 @@ class Blockwise:
     """uint8 [out, groups], values below 2**bits."""
 
 
+@dataclass(frozen=True)
+class TableForm:
+    """A weight of tables between scales: Ŵ[i, k] = Σ_j rows[i, j] (T[indices[i, k]] + shift[i]) columns[j, k].
+
+    What a CPU multiplies quickly (`a1q.quant.compact`). All numbers are floating point, of parts that train too.
+    """
+
+    indices: Tensor
+    """uint8 [out, in]."""
+    tables: Tensor
+    """[n, L]; each serves out / n consecutive rows, or with `interleaved` every n-th row."""
+    interleaved: bool = False
+    rows: Tensor | None = None
+    """[out, r]; ones if None."""
+    columns: Tensor | None = None
+    """[r, in]; ones if None."""
+    shift: Tensor | None = None
+    """[out]; zeros if None."""
+
+
 class Scheme(ABC):
     """A way to say a weight [out, in] with few bits.
 
@@ -170,6 +190,10 @@ class Scheme(ABC):
             NotImplementedError: if `hardware` is empty.
         """
         raise NotImplementedError(f"{type(self).__name__} has no hardware form")
+
+    def table_form(self, parts: Mapping[str, Tensor]) -> TableForm | None:
+        """The weight that `dequantize` gives as tables and scales; None, the default, where it is nothing so simple."""
+        return None
 
     def rounded(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The parts as `weight` sees them with `fp16`, in their own types; here every part rounded by itself.

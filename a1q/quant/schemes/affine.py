@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from a1q.quant.feedback_options import FeedbackOptions
-from a1q.quant.scheme import Blockwise, Palettized, Scheme, Shape
+from a1q.quant.scheme import Blockwise, Palettized, Scheme, Shape, TableForm
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -167,6 +167,16 @@ class Affine(Scheme):
             zero = parts.get("zero", torch.full_like(parts["scale"], self.middle).to(torch.uint8))
             return Blockwise(parts["indices"], self.config.bits, parts["scale"], zero)
         return super().hardware_form(parts)
+
+    def table_form(self, parts: Mapping[str, Tensor]) -> TableForm | None:
+        import torch
+
+        scale = self._scale(parts)
+        if scale.shape[1] > 1:
+            return None
+        codes = torch.arange(self.top + 1, dtype=scale.dtype, device=scale.device)[None] - self.middle
+        shift = None if self.config.symmetric else self.middle - self._zero(parts)[:, 0]  # type: ignore[index]
+        return TableForm(parts["indices"], codes, rows=scale, shift=shift)
 
     def apply(self, parts: Mapping[str, Tensor], x: Tensor, form: str) -> Tensor:
         from torch.nn.functional import linear

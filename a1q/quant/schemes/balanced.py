@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from a1q.quant.feedback_options import FeedbackOptions
-from a1q.quant.scheme import Palettized, Scheme, Shape
+from a1q.quant.scheme import Palettized, Scheme, Shape, TableForm
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -159,6 +159,10 @@ class Balanced(Scheme):
         if self.per_tensor:
             return Palettized(parts["indices"], parts["lut"][None])
         return Palettized(parts["indices"], self._levels(parts["scale"])[None], parts["scale"][:, None])
+
+    def table_form(self, parts: Mapping[str, Tensor]) -> TableForm:
+        lut, scale = self._grid(parts)
+        return TableForm(parts["indices"], lut, rows=scale)
 
     def apply(self, parts: Mapping[str, Tensor], x: Tensor, form: str) -> Tensor:
         from torch.nn.functional import linear

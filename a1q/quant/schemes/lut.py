@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from a1q.quant.feedback_options import FeedbackOptions
-from a1q.quant.scheme import Palettized, Scheme, Shape
+from a1q.quant.scheme import Palettized, Scheme, Shape, TableForm
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -114,3 +114,6 @@ class Lut(Scheme):
 
     def hardware_form(self, parts: Mapping[str, Tensor]) -> Palettized:
         return Palettized(parts["indices"], parts["lut"])
+
+    def table_form(self, parts: Mapping[str, Tensor]) -> TableForm:
+        return TableForm(parts["indices"], parts["lut"].float())

@@ -122,6 +122,9 @@ class VectorLut(LowRankScale):
     def table(self, lut: Tensor) -> Tensor:
         return lut.reshape(1, -1)
 
+    def tables_of_rows(self, lut: Tensor) -> tuple[Tensor, bool]:
+        return lut.reshape(-1, self.vector).T, True
+
     def places(self, indices: Tensor) -> Tensor:
         from a1q.quant.vectors import spelled
 
