@@ -1,4 +1,4 @@
-"""`a1q import`: checkpoints of the ANEMLL-QUANT-1 training programs."""
+"""`a1q import`: checkpoints and caches of the ANEMLL-QUANT-1 training programs."""
 
 from __future__ import annotations
 
@@ -26,10 +26,11 @@ Examples:
   a1q import runs/v1/model_state_dict.pt --base Qwen/Qwen3-0.6B -o imported/v1
   a1q import runs/v2/best_state_dict.pt --base models/qwen3 -o imported/v2 --data mine.jsonl
   a1q import runs/lora/lora_only_state_dict.pt --base Qwen/Qwen3-0.6B -o imported/adapter
+  a1q import caches/alpaca_chat_think_both_L64_K64_R128 --base Qwen/Qwen3-0.6B -o imported/text
 """
 )
 @click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.option("--base", metavar="MODEL", help="The dense model that was trained.  [default: `model_id` of its config]")
+@click.option("--base", metavar="MODEL", help="The dense model that was trained, or asked.  [default: by its config]")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="DIR", help="A new folder.")
 @click.option(
     "--config", type=click.Path(path_type=Path), metavar="FILE", help="What says how it was trained.  [default: beside]"
@@ -60,7 +61,8 @@ def command(
     seq_len: int,
     as_json: bool,
 ) -> None:
-    """Make a model folder of a V1, V2 or Apple-style CHECKPOINT, or an adapter folder of one that holds LoRA alone.
+    """Make a model folder of a V1, V2 or Apple-style CHECKPOINT, an adapter folder of one that holds LoRA alone, or,
+    of a folder of cached teacher answers, a text and a recipe that makes the answers anew.
 
     CHECKPOINT is a `.pt` file or its folder. Nothing in it is executed: a file that would have to be is refused. Bits,
     ranks and the version are read off its tensors and checked against the config beside it. What is taken from where
@@ -87,11 +89,14 @@ def _import(
     text: tuple[str, int, int],
 ) -> dict[str, Any]:
     """Import whatever `path` is; returns what was found, as JSON says it."""
+    from a1q.importing.caches import is_cache
     from a1q.importing.checkpoint import read_checkpoint
     from a1q.importing.model import refuse_existing
     from a1q.importing.settings import read_settings
 
     refuse_existing(output)
+    if is_cache(path):
+        return _cache(path, base, output, text[1])
     checkpoint = read_checkpoint(path, config)
     settings = read_settings(checkpoint)
     if alpha is not None:
@@ -177,6 +182,35 @@ def _model(
         "bpw": bpw(view),
         "bpw_model": bpw_model(view),
         "against_base": measured,
+    }
+
+
+def _cache(path: Path, base: str | None, output: Path, sequences: int) -> dict[str, Any]:
+    from a1q.importing.caches import RECIPE, TEXT, data_set, read_cache, same_first, write_recipe, write_text
+    from a1q.importing.model import new_folder
+
+    cache = read_cache(path)
+    name, folder = _base(base or cache.teacher)
+    with new_folder(output) as out:
+        documents = write_text(cache, folder, out)
+        sizes = write_recipe(cache, name, folder, out, output / TEXT)
+        agreed = same_first(cache, folder, sequences, _told("sequences compared")) if sequences else None
+    return {
+        "kind": "cache",
+        "cache": str(path),
+        "base": name,
+        "output": str(output),
+        "recipe": str(output / RECIPE),
+        "cached": {
+            "sequences": len(cache.tokens),
+            "seq_len": cache.tokens.shape[1],
+            "top_k": cache.top_k,
+            "random_negatives": cache.negatives,
+        },
+        "data_set": data_set(cache.meta),
+        "same_first": agreed,
+        **documents,
+        **sizes,
     }
 
 

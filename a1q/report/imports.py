@@ -13,12 +13,33 @@ WIDTH = 12
 
 def text_of(found: Mapping[str, Any]) -> str:
     """The lines that `a1q import` prints, from what its JSON says."""
+    if found["kind"] == "cache":
+        return _lines(_cache(found))
     lines = [("checkpoint", f"{found['checkpoint']}")]
     if found["not_read"]:
         lines.append(("", f"not read, beside it: {', '.join(found['not_read'])}"))
     lines.append(("config", found["config"] or "none; what tensors don't say is as their programs set it"))
     lines += _adapter(found) if found["kind"] == "adapter" else _model(found)
+    return _lines(lines)
+
+
+def _lines(lines: Iterable[tuple[str, str]]) -> str:
     return "\n".join(f"{name:<{WIDTH}}{text}" for name, text in lines)
+
+
+def _cache(found: Mapping[str, Any]) -> list[tuple[str, str]]:
+    cached = found["cached"]
+    sizes = f"{cached['sequences']:,} sequences of {cached['seq_len']} tokens"
+    lines = [
+        ("cache", f"{found['cache']}: {sizes}, top {cached['top_k']}, {cached['random_negatives']} random"),
+        ("text", f"{found['documents']:,} documents, {found['same']:.2%} of them the same tokens again"),
+        ("answers", "not taken: without the logsumexp over the vocabulary logits are no probabilities"),
+    ]
+    if found["same_first"] is not None:
+        lines.append(("teacher", f"{found['base']} ranks the cached token first at {found['same_first']:.1%}"))
+    anew = f"{found['sequences']:,} and {found['tune_sequences']:,} held-out sequences"
+    lines.append(("written", f"{found['output']}: the text, and a recipe that asks the teacher again: {anew}"))
+    return [*lines, ("next", f"a1q run {found['recipe']}")]
 
 
 def _adapter(found: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -167,6 +167,24 @@ def test_an_alpha_can_be_said(work):
     assert facts("from", "--base", "tiny", "--alpha", "6")["alpha"] == 6
 
 
+def test_of_a_cache_the_text_and_a_recipe_come_over(work):
+    from tests.importing.test_caches import write_cache
+
+    write_cache(Path("cache"), Path("tiny"), count=60)
+    result = a1q("import", "cache", "--base", "tiny", "-o", "out", "--sequences", 4)
+    assert result.exit_code == 0, result.output
+    for text in (
+        "60 sequences of 16 tokens",
+        "100.00% of them the same tokens again",
+        "tiny ranks the cached",
+    ):
+        assert text in result.stdout
+    assert "not taken: without the logsumexp" in result.stdout and "a1q run out/recipe.yaml" in result.stdout
+    assert a1q("plan", "out/recipe.yaml").exit_code == 0
+    found = json.loads(a1q("import", "cache", "-o", "again", "--base", "tiny", "--json").stdout)
+    assert found["same_first"] == 1 and found["cached"]["top_k"] == 5
+
+
 # -- refusals ----------------------------------------------------------------------------------------------------
 def test_a_pickle_that_would_execute_code_does_not(work):
     Path("from").mkdir()
