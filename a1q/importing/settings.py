@@ -26,8 +26,8 @@ class Settings:
     snapped: str | None = None
     """V1: `lut` where `weight` holds entries of the table, `baked` where it holds them times the scale, or empty where
     it trains; None where nothing says."""
-    include_zero: bool = False
-    """V1: the table was made with a zero."""
+    include_zero: bool | None = None
+    """V1: whether the table was made with a zero; None where nothing says."""
     force_positive: bool = False
     """V2: factors count by `positive_method`."""
     positive_method: str = "abs"
@@ -61,7 +61,7 @@ def read_settings(checkpoint: Checkpoint) -> Settings:
     alpha, model = config.get("lora_alpha"), config.get("model_id") or config.get("model_name_or_path")
     return Settings(
         snapped=_snapped(config),
-        include_zero=bool(config.get("lut_include_zero", default.include_zero)),
+        include_zero=bool(config["lut_include_zero"]) if "lut_include_zero" in config else None,
         force_positive=bool(config.get("force_positive_scales", default.force_positive)),
         positive_method=config.get("positive_scale_method", default.positive_method),
         magnitude_activation=config.get("magnitude_activation", default.magnitude_activation),

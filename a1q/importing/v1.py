@@ -53,7 +53,8 @@ def read_v1(stored: Stored, settings: Settings) -> Meaning:
     scale = a @ b
     seen = scale.clamp_min(FLOOR)
     trains = not _is_snapped(name, weight, lut, settings)
-    derived = v1_indices(weight, seen, len(lut), settings.include_zero) if trains else nearest_entries(weight, lut)
+    zero = settings.include_zero if settings.include_zero is not None else bool((lut == 0).any())
+    derived = v1_indices(weight, seen, len(lut), zero) if trains else nearest_entries(weight, lut)
     indices, differing, note = derived, 0, ""
     if stored.indices is not None:
         given = checked_indices(name, stored.indices, (rows, columns), len(lut))

@@ -63,7 +63,8 @@ def _model(found: Mapping[str, Any]) -> list[tuple[str, str]]:
         count = sum(found["floored"].values())
         far = f"up to {found['floored_error']:.2g} rms from V1's weight"
         where = _folded(found["floored"])
-        lines.append(("floored", f"{count:,} entries ({count / found['weights']:.2%}), {far}: {where}"))
+        lines.append(("floored", f"{count:,} entries ({count / found['weights']:.2%}), {far}"))
+        lines.append(("", f"in {where}"))
     if found["latents"]:
         lines.append(
             ("latents", f"{found['latents']} modules can train their weights on (--latent drop leaves them out)")

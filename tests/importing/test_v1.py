@@ -47,6 +47,19 @@ def test_padding_columns_are_left_out():
     assert read_v1(stored(written, name), NOTHING_SAID).parts["b"].shape == (6, 96)
 
 
+def test_tables_with_a_zero_are_even_on_either_side():
+    written = v1(mlp=(4, 6), attention=None)
+    name = "model.layers.0.mlp.up_proj"
+    lut = np.array([-1, -0.5, 0, 1])
+    written.state[f"{name}.lut"] = torch.from_numpy(lut).float()
+    scale = float64(written.state[f"{name}.scale_A"]) @ float64(written.state[f"{name}.scale_B"])
+    value = np.clip(float64(written.state[f"{name}.weight"]) / scale.clip(FLOOR), -1, 1)
+    nearest = lut[np.abs(value[..., None] - lut).argmin(-1)]
+    for said in (NOTHING_SAID, Settings(include_zero=True)):
+        assert np.abs(exact(read_v1(stored(written, name), said)) - nearest * scale).max() <= 1e-14
+    assert np.abs(exact(read_v1(stored(written, name), Settings(include_zero=False))) - nearest * scale).max() > 0.01
+
+
 @pytest.mark.parametrize("snapped", ["lut", "baked"])
 def test_snapped_weights_say_the_same_indices(snapped):
     written = v1(snapped=snapped)
