@@ -57,34 +57,44 @@ def parquet(rows: list[dict]) -> bytes:
 
 QA = b'{"question": "Why?", "answer": "So."}\n' * 50
 CASES: dict[str, tuple[str, bytes, str, int, str]] = {
-    "columns": ("a.jsonl", b'{"title": "x"}\n', "{source: FILE}", 1, "found are title"),
+    "columns": ("a.jsonl", b'{"title": "x"}\n', "{source: FILE}", 3, "found are title"),
     "format": (
         "a.jsonl",
         b'{"instruction": "Add.", "response": "3"}\n',
         "{source: FILE, format: alpaca}",
-        1,
+        3,
         "columns found are instruction, response; such rows are `format: dolly`",
     ),
     "message": (
         "a.jsonl",
         b'{"messages": [{"role": "user", "content": null}]}\n',
         "{source: FILE}",
-        1,
+        3,
         "holds nothing",
     ),
-    "surrogate": ("a.jsonl", b'{"text": "\\ud800"}\n', "{source: FILE}", 1, "half of a surrogate pair"),
-    "encoding": ("a.jsonl", b'{"text": "x\xff"}\n', "{source: FILE}", 1, "a.jsonl:1 is not UTF-8: byte 11 is 0xff"),
+    "surrogate": ("a.jsonl", b'{"text": "\\ud800"}\n', "{source: FILE}", 3, "half of a surrogate pair"),
+    "encoding": ("a.jsonl", b'{"text": "x\xff"}\n', "{source: FILE}", 3, "a.jsonl:1 is not UTF-8: byte 11 is 0xff"),
+    "a later row": ("a.jsonl", b'{"text": "x"}\n{"texts": "x"}\n', "{source: FILE}", 1, "a.jsonl:2 has no column"),
+    "later bytes": ("a.jsonl", b'{"text": "x"}\n{"text": "\xff"}\n', "{source: FILE}", 1, "a.jsonl:2 is not UTF-8"),
     "json": ("a.jsonl", b'{"text": "x"}\n{"te\n', "{source: FILE}", 1, "a.jsonl:2 is not JSON"),
-    "parquet": ("a.parquet", parquet([{"text": "x y z"}] * 99)[:-40], "{source: FILE}", 1, "is no whole Parquet file"),
+    "parquet": ("a.parquet", parquet([{"text": "x y z"}] * 99)[:-40], "{source: FILE}", 3, "is no whole Parquet file"),
     "fields": ("a.csv", b"text,id\nx,1\ny\n", "{source: FILE}", 1, "a.csv:3 has another number of fields"),
-    "empty file": ("a.jsonl", b"", "{source: FILE}", 1, "a.jsonl holds no text"),
-    "empty text": ("a.txt", b" \n\n \n", "{source: FILE}", 1, "a.txt holds no text"),
+    "empty file": ("a.jsonl", b"", "{source: FILE}", 3, "a.jsonl holds no text"),
+    "empty text": ("a.txt", b" \n\n \n", "{source: FILE}", 3, "a.txt holds no text"),
     "short": ("a.jsonl", QA, "{source: FILE, seq_len: 1024}", 1, "has text for"),
     "missing": ("a.jsonl", QA, "{source: FILES}", 3, "no file or folder"),
     "no data": ("a.png", b"x", "{source: FILE}", 3, "holds no text that a1q reads"),
     "builtin": ("a.jsonl", QA, "{source: 'builtin:prosa'}", 3, "did you mean builtin:prose?"),
-    "thinking": ("a.jsonl", QA, "{source: FILE, thinking: on}", 3, "knows no thinking"),
+    "thinking": ("a.jsonl", QA, "{source: FILE, thinking: both}", 3, "knows no thinking"),
     "template": ("a.jsonl", QA, "{source: FILE}", 3, "has no chat template"),
+    "thinking of text": (
+        "a.txt",
+        b"Text.",
+        "{source: FILE, thinking: off}",
+        3,
+        "a.txt is running text name the format of its conversations",
+    ),
+    "column": ("a.jsonl", QA, "{source: FILE, format: qa, column: answer}", 2, "the one that running text stands in"),
     "value": ("a.jsonl", QA, "{source: FILE, format: alpacca}", 2, "did you mean 'alpaca'?"),
     "neither": ("a.jsonl", QA, "{seq_len: 64}", 2, "this one has neither"),
     "nested mix": (
@@ -116,3 +126,25 @@ def test_what_is_refused_gives_its_message_and_exit_code_and_leaves_nothing(
     assert not store.exists() or not any(path.is_file() for path in store.rglob("*"))
     waiting = home / "tmp"
     assert not waiting.exists() or not any(path.is_file() for path in waiting.rglob("*"))
+
+
+def test_what_auto_takes_a_file_for_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("A1Q_HOME", str(tmp_path / "home"))
+    (tmp_path / "a.jsonl").write_bytes(QA * 40)
+    (tmp_path / "b.txt").write_text("Some text.")
+    data = (
+        f"  d: {{mix: {{chats: 3, prose: 1}}}}\n  chats: {{source: {tmp_path / 'a.jsonl'}}}\n"
+        f"  prose: {{source: {tmp_path / 'b.txt'}}}\n  e: {{source: {tmp_path / 'a.jsonl'}, format: qa, seq_len: 16}}"
+    )
+    recipe = tmp_path / "recipe.yaml"
+    stages = RECIPE.format(model="builtin:pico", data=data) + "  - calibrate: {data: e, sequences: 1}\n"
+    recipe.write_text(stages)
+    planned = a1q("plan", recipe).output
+    assert "  data d: a mix of chats 3, prose 1\n" in planned
+    assert f"  data e: {tmp_path / 'a.jsonl'}, conversations (`qa`)\n" in planned
+    recipe.write_text(stages.replace("data: d", "data: chats"))
+    planned = a1q("plan", recipe).output
+    assert f"  data chats: {tmp_path / 'a.jsonl'}, conversations (`qa`), by the columns of its first row\n" in planned
+    said = a1q("run", recipe, "-o", tmp_path / "run").output
+    assert said.count("is read as") == 1
+    assert "a1q: data.chats is read as conversations (`qa`), by the columns of its first row" in said

@@ -54,6 +54,7 @@ def command(
 
 def describe_plan(plan: Plan) -> dict[str, Any]:
     """The plan as JSON values, beside what this machine has free."""
+    from a1q.data.records import describe
     from a1q.engine.files import free_bytes, home
     from a1q.recipe.runtime import amp_note
 
@@ -70,6 +71,11 @@ def describe_plan(plan: Plan) -> dict[str, Any]:
         "runtime": vars(plan.runtime),
         "notes": [note] if note else [],
         "model": source,
+        "data": {
+            entry.name: {"source": entry.config.get("source"), "read": describe(entry.config)}
+            for item in plan.stages
+            for entry in item.data.values()
+        },
         "stages": [_describe_stage(item) for item in plan.stages],
         "disk": {
             "expected": sum(item.outcome.disk_bytes for item in plan.stages),
@@ -130,6 +136,8 @@ def _lines(facts: dict[str, Any]) -> Iterator[str]:
     )
     for note in facts["notes"]:
         yield f"  note: {note}"
+    for name, entry in facts["data"].items():
+        yield f"  data {name}: {entry['source'] + ', ' if entry['source'] else ''}{entry['read']}"
     for number, stage in enumerate(facts["stages"], 1):
         inputs = ", ".join(f"{name}: {found}" for name, found in stage["inputs"].items() if found is not None)
         cost = f"{size(stage['disk_bytes'])} disk, {size(stage['memory_bytes'])} memory"

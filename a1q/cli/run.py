@@ -88,12 +88,28 @@ def command(
             _in_processes(launch, plan)
         if world.leads and (note := amp_note(plan.runtime)):
             click.echo(f"a1q: {note}", err=True)
+        for line in _decided(plan) if world.leads else ():
+            click.echo(f"a1q: {line}", err=True)
         folder = output or Path("runs") / (f"{plan.name}-smoke" if smoke else plan.name)
         os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of other libraries would draw over our progress
         listener = JsonLines(stream) if as_json else Lines(stream, live=stream.isatty())
         tracking = [Tracking(name, folder, plan.resolved, _say) for name in dict.fromkeys(trackers) if world.leads]
         with _closing_table(folder if world.leads and not as_json else None), contextlib.redirect_stdout(sys.stderr):
             run_plan(plan, folder, options, [listener, *tracking], _say, world)
+
+
+def _decided(plan: Plan) -> list[str]:
+    """What `format: auto` has made of files, entry by entry."""
+    from a1q.data.records import describe
+    from a1q.data.tables import is_local
+
+    entries = {name: entry.config for stage in plan.stages for name, entry in stage.data.items()}
+    asked = [
+        name
+        for name, config in entries.items()
+        if config.get("format") == "auto" and config.get("column") is None and is_local(config.get("source"))
+    ]
+    return [f"data.{name} is read as {describe(entries[name])}" for name in asked]
 
 
 def _say(text: str) -> None:

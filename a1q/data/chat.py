@@ -15,9 +15,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from a1q.data.templates import SWITCH, default_of, refusal
 from a1q.data.turns import Turns, learn
 from a1q.engine.artifact import canonical_json, sha256_bytes
-from a1q.errors import MismatchError, Problem, StageError
+from a1q.errors import MismatchError, StageError
 
 if TYPE_CHECKING:
     import numpy
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
 
 ASSISTANT = "assistant"
 MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
-SWITCH = "enable_thinking"
-"""The variable by which templates of Qwen 3 and its kin are told whether to think."""
 THOUGHT = ("<think>", "</think>")
 PROBES: tuple[tuple[Mapping[str, str], ...], ...] = (
     ({"role": "user", "content": "Why?"},),
@@ -63,18 +62,14 @@ class Chat:
         from transformers import AutoTokenizer
 
         self._templated: Any = AutoTokenizer.from_pretrained(folder)
-        if self._templated.chat_template is None:
-            hint = "use `format: text`, or a model that was trained to chat"
-            raise MismatchError([Problem(f"the tokenizer in {folder} has no chat template", hint=hint)])
+        template = default_of(self._templated.chat_template)
+        if (problem := refusal(template, bool(thinking), str(folder))) is not None:
+            raise MismatchError([problem])
+        assert template is not None
         self._tokenizer = tokenizer
-        found = self._templated.chat_template
-        template = found if isinstance(found, str) else found.get("default", "")
         self._marks = bool(MARKS.search(template))
         self.thinks = SWITCH in template
         """Whether the template can be told whether to think."""
-        if thinking and not self.thinks:
-            message = f"the chat template in {folder} knows no thinking: `{SWITCH}` doesn't occur in it"
-            raise MismatchError([Problem(message, hint="leave `thinking` out")])
         self._thinking = thinking if self.thinks else None
         self._switches = {} if self._thinking is None else {SWITCH: self._thinking}
         added = self._templated.added_tokens_decoder.values()

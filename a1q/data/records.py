@@ -44,20 +44,38 @@ def identify(config: Mapping[str, Any]) -> str:
 
 
 def look(config: Mapping[str, Any]) -> str | None:
-    """The format of an entry's first row; None where telling takes a download, or it can't be told."""
-    kind = config.get("format") or "auto"
-    if config.get("parts") or (config["source"] in builtin.NAMES and config["source"] != builtin.QUESTIONS):
-        return None if config.get("parts") else "text"
-    if config["source"] == builtin.QUESTIONS:
-        return "qa"
-    if kind != "auto" or config.get("column"):
-        return "text" if kind == "auto" else kind
-    try:
-        path = local_path(config["source"])
-        _, row = next(rows_of_path(path)) if path else ("", {})
-    except (A1QError, StopIteration, OSError):
-        return None  # said when it is read
-    return decide(row)
+    """The format of an entry's first document; None for a mix, or where telling takes a download.
+
+    Raises:
+        StageError: if that document can't be read, or there is none.
+        MismatchError: if there is no such source.
+    """
+    if config.get("parts") or config.get("source") is None:
+        return None
+    source, kind = config["source"], config.get("format") or "auto"
+    if source in builtin.NAMES:
+        return "qa" if source == builtin.QUESTIONS else "text"
+    path = local_path(source)
+    if path is None:
+        known = "text" if config.get("column") else None
+        return known if kind == "auto" else kind
+    for where, row in rows_of_path(path):
+        if _record(config, where, row):
+            return decide(row, config.get("column")) if kind == "auto" else kind
+    raise _without_text(source)
+
+
+def describe(config: Mapping[str, Any]) -> str:
+    """What an entry is read as, for people, as far as that is known without a download."""
+    if config.get("parts"):
+        return "a mix of " + ", ".join(f"{part['name']} {part['weight']:g}" for part in config["parts"])
+    kind = look(config)
+    if kind is None:
+        return "its columns say what it is read as, once it is here"
+    read = "running text" if kind == "text" else f"conversations (`{kind}`)"
+    asked = config.get("format") not in (None, "auto") or config["source"] in builtin.NAMES or config.get("column")
+    thinking = f", thinking {config['thinking']}" if config.get("thinking") else ""
+    return f"{read}{'' if asked else ', by the columns of its first row'}{thinking}"
 
 
 def conversational(config: Mapping[str, Any]) -> bool | None:
@@ -65,7 +83,10 @@ def conversational(config: Mapping[str, Any]) -> bool | None:
     if config.get("parts"):
         known = [conversational(part["entry"]) for part in config["parts"]]
         return True if True in known else None if None in known else False
-    found = look(config)
+    try:
+        found = look(config)
+    except A1QError:
+        return None  # said when it is planned or read
     return None if found is None else found != "text"
 
 
@@ -119,7 +140,11 @@ def records(config: Mapping[str, Any]) -> Iterator[Record]:
                 found += 1
                 yield record
         if not found:
-            raise StageError(f"{source} holds no text: nothing in it is more than empty")
+            raise _without_text(source)
+
+
+def _without_text(source: str) -> StageError:
+    return StageError(f"{source} holds no text: nothing in it is more than empty")
 
 
 def _rows(config: Mapping[str, Any]) -> Iterator[Row]:

@@ -50,6 +50,11 @@ def local_path(source: str) -> Path | None:
     raise mismatch(f"no file or folder {source}", hint)
 
 
+def is_local(source: str | None) -> bool:
+    """Whether it is a file or folder that exists."""
+    return source is not None and not source.startswith("builtin:") and Path(source).expanduser().exists()
+
+
 def local_digest(path: Path) -> str:
     """Digest of what is read at `path`."""
     files = _files(path)

@@ -48,6 +48,8 @@ class _Planner:
         self.unfit: list[Problem] = []
         self.views: dict[str, Any] = {}
         """Predicted view by stage id; a stage with problems has none, and what takes its result is not planned."""
+        self.kinds: dict[str, str | None] = {}
+        """Format by data entry, as far as that is known."""
         self.read_model = functools.cache(self._read_model)
 
     def plan(self) -> Plan:
@@ -58,6 +60,7 @@ class _Planner:
             found = self.model(recipe.model, ("model", "source"))
             if found:
                 source, self.views[SOURCE] = found
+        self.check_formats(source)
         if message := refusal(recipe.runtime["device"]):
             hint = "use `runtime: {device: auto}` or --set runtime.device=cpu"
             self.unfit.append(recipe.problem(("runtime", "device"), message, hint))
@@ -92,15 +95,35 @@ class _Planner:
         return {**config, "parts": parts}
 
     def data_entry(self, name: str, config: Mapping[str, Any]) -> DataEntry:
-        """The entry with its identity, as far as that is known without reading much."""
+        """The entry with its identity, as far as that is known without reading much; its first row is looked at."""
         from a1q.data import identify
+        from a1q.data.records import look
 
         try:
-            return DataEntry(name, config, identify(config))
+            entry = DataEntry(name, config, identify(config))
+            self.kinds[name] = look(config)
+            return entry
         except A1QError as error:
             if config.get("mix") is None:  # else the part itself has said so
                 self.refuse(("data", name, "source"), error)
             return DataEntry(name, config)
+
+    def check_formats(self, model: Artifact | None) -> None:
+        """Refuse conversations that the model's chat template can't write, and thinking of running text."""
+        from a1q.data.templates import refusal, template_of
+
+        for name, kind in self.kinds.items():
+            thinking = self.recipe.data[name]["thinking"]
+            if kind == "text" and thinking is not None:
+                message = f"`thinking` is for conversations, and {self.recipe.data[name]['source']} is running text"
+                hint = "name the format of its conversations, such as `format: alpaca`, or leave `thinking` out"
+                self.unfit.append(self.recipe.problem(("data", name, "thinking"), message, hint))
+            elif kind not in (None, "text") and model is not None:
+                where = str(model.meta.get("source", model.path))
+                problem = refusal(template_of(model.path), thinking in ("on", "both"), where)
+                if problem is not None:
+                    key = "thinking" if thinking else "source"
+                    self.unfit.append(self.recipe.problem(("data", name, key), problem.message, problem.hint))
 
     def model(self, written: Mapping[str, Any], path: Path) -> tuple[Artifact, ModelView] | None:
         """A model source as an artifact and a view; None if it can't be had, which is then a problem at `path`."""

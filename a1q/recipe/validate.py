@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from a1q.data.formats import FORMATS
 from a1q.engine.pattern import compile_pattern
 from a1q.engine.plan import SOURCE
 from a1q.engine.registry import Registry, schema_folder
@@ -105,6 +106,9 @@ class _Validation:
                 self.report(
                     ("data", name), f"an entry has a `source` or a `mix`, and this one has {found}", at_key=True
                 )
+            if entry.get("column") is not None and entry.get("format") in FORMATS:
+                hint = "leave it out, or write `format: text`"
+                self.report(("data", name, "column"), "`column` names the one that running text stands in", hint)
             if not isinstance(mix, dict):
                 continue
             for key in OF_A_SOURCE:

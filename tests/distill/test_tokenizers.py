@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from a1q.distill.tokenizers import chat_template_digest, require_cache_of, tokenizer_digest
+from a1q.distill.tokenizers import chat_template_digest, prompts_of, require_cache_of, tokenizer_digest
 from a1q.errors import MismatchError
 from tests.tiny import write_tokenizer
 
@@ -43,3 +43,27 @@ def test_another_tokenizer_is_named_with_both_digests(tmp_path):
     (problem,) = error.value.problems
     own = tokenizer_digest(other)[:12]
     assert problem.message == f"`tokenizer` of the cache is {meta['tokenizer'][:12]}, the model's is {own}"
+
+
+TURNS = (
+    "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + ' .' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:' }}{% if enable_thinking is false %}{{ ' no' }}{% endif %}{% endif %}"
+)
+
+
+def test_the_same_words_and_template_with_other_prompt_tokens_are_told_by_the_way_of_thinking(tmp_path):
+    made, other = tokenizer(tmp_path / "made", template=TURNS), tokenizer(tmp_path / "other", template=TURNS)
+    meta = {**meta_of(made, True), "prompts": prompts_of(made, ["on", "off"])}
+    assert meta["prompts"]["on"] != meta["prompts"]["off"]
+    require_cache_of(other, meta, "stages.it.objective.kd")
+    path = other / "tokenizer.json"
+    settings = json.loads(path.read_text())
+    settings["pre_tokenizer"]["add_prefix_space"] = True  # cuts texts otherwise into the same vocabulary
+    path.write_text(json.dumps(settings))
+    own = prompts_of(other, ["on", "off"])
+    with pytest.raises(MismatchError) as error:
+        require_cache_of(other, meta, "stages.it.objective.kd")
+    assert [problem.message for problem in error.value.problems] == [
+        f"`prompts.{name}` of the cache is {meta['prompts'][name][:12]}, the model's is {own[name][:12]}"
+        for name in ("on", "off")
+    ]

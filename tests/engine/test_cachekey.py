@@ -73,6 +73,36 @@ def test_paths_names_and_threads_do_not(changed: dict[str, Any]) -> None:
     assert key(**changed) == key()
 
 
+CHATS = {"source": "/chats.jsonl", "revision": None, "format": "chat", "thinking": "off", "holdout": 0.05}
+MIX = [{"name": "a", "weight": 3.0, "entry": {**CHATS, "thinking": None}}, {"name": "b", "weight": 1.0, "entry": CHATS}]
+
+
+def mixed(*parts: dict[str, Any], **changes: Any) -> dict[str, DataEntry]:
+    config = {"source": None, "mix": {part["name"]: part["weight"] for part in parts}, "seq_len": 128, **changes}
+    return {"text": DataEntry("text", {**config, "parts": list(parts)}, "d2")}
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        mixed(MIX[0], {**MIX[1], "weight": 2.0}),
+        mixed(MIX[1], MIX[0]),
+        mixed(MIX[0], {**MIX[1], "entry": {**CHATS, "thinking": "both"}}),
+        mixed(MIX[0], {**MIX[1], "entry": {**CHATS, "format": "auto"}}),
+        mixed(MIX[0], {**MIX[1], "entry": {**CHATS, "holdout": 0.1}}),
+        mixed(*MIX, seq_len=64),
+        mixed(*MIX, attention="document"),
+    ],
+)
+def test_everything_that_decides_the_tokens_of_a_mix_changes_the_key(changed: dict[str, DataEntry]) -> None:
+    assert key(data=changed) != key(data=mixed(*MIX))
+
+
+def test_what_its_parts_are_called_and_where_they_lie_does_not() -> None:
+    moved = {**MIX[0], "name": "other", "entry": {**MIX[0]["entry"], "source": "/elsewhere.jsonl"}}
+    assert key(data=mixed(moved, MIX[1])) == key(data=mixed(*MIX))
+
+
 def test_a_package_version_does_and_its_local_build_tag_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     def at(text: str) -> str:
         monkeypatch.setattr(cachekey, "package_versions", lambda: {"torch": text})
