@@ -35,6 +35,8 @@ stages:
     snap: {from: model}
   - id: hf
     export: {format: safetensors, from: final}
+  - id: whole
+    export: {format: packed, from: final}
   - id: ane
     export: {format: coreml, from: final, context: 128, prefill: 32, verify: {prompt: 34, generate: 2, random: 0}}
 """
@@ -87,6 +89,8 @@ def test_from_a_checkpoint_to_a_core_ml_package_and_to_another_machine(work, mon
         dense = final.get_submodule(name).weight.detach().double().numpy()
         assert np.abs(dense - weight).max() < 4e-3 * np.abs(weight).max()  # fp16 in A, B and the weight
     assert (work / "run" / "export" / "ane" / "model.mlpackage").is_dir()
+    whole = dict(quantized_modules(load_model(work / "run" / "export" / "whole")))
+    assert whole.keys() == written.weights.keys() and {module.state for module in whole.values()} == {"snapped"}
     stages = {stage["id"]: stage for stage in report(work / "run")["stages"]}
     assert stages["ane"]["metrics"]["cosine_fp32"] > 0.9999
 

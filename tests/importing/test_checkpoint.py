@@ -33,6 +33,22 @@ def test_nested_states_are_found_with_their_config(tmp_path, key):
     assert found.config == {"lut_bits": 2} and "entry `config`" in found.config_from
 
 
+def test_a_checkpoint_of_a_training_loop_is_read_beside_its_optimizer(tmp_path):
+    import random
+
+    written = apple()
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    loop = {"format": "qat_lora_train_ckpt", "opt_step": 1, "cfg": {"lr": 1e-4, "dir": "x"}, "model": written.state}
+    loop |= {"optimizer": optimizer.state_dict(), "scheduler": schedule.state_dict(), "scaler": None, "ema": None}
+    loop["rng"] = {"torch": torch.get_rng_state(), "cuda": None, "python": random.getstate()}
+    torch.save(loop, tmp_path / "checkpoint_last.pt")
+    assert read_checkpoint(tmp_path).modules.keys() == written.weights.keys()
+
+
 def test_of_a_folder_the_final_state_counts_and_others_are_told(tmp_path):
     v1().save(tmp_path)
     v1(seed=3).save(tmp_path, "best_state_dict.pt")
