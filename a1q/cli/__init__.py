@@ -18,7 +18,7 @@ import click
 from a1q import __version__
 from a1q.errors import A1QError, UsageError
 
-NOT_COMMANDS = {"common"}
+NOT_COMMANDS = {"common", "writing"}
 
 
 class CommandFolder(click.Group):

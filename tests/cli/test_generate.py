@@ -84,7 +84,7 @@ def test_same_seed_same_text_and_streaming_prints_it() -> None:
     options = ("--prompt", PROMPT, "--max-tokens", 12, "--device", "cpu")
     streamed = a1q("generate", "tiny", *options, *sampled, 4)
     assert streamed.stdout == first["text"] + "\n"
-    assert "12 tokens in" in streamed.stderr and "tokens/s on cpu" in streamed.stderr
+    assert "wrote 12 in" in streamed.stderr and "tokens/s, stopped at --max-tokens; on cpu" in streamed.stderr
 
 
 @pytest.mark.parametrize("model", ["tiny", "runs/small", "runs/small:fitted", "runs/small/export/packed"])
