@@ -83,7 +83,9 @@ def command(
     sampling = Sampling(temperature, top_k, top_p, repetition_penalty)
     session = Session(voice, screen, conversation, sampling, thinking_switch(thinking), max_tokens, seed)
     if typed:
-        screen.tell(f"{voice.folder} on {voice.writer.device}, {voice.writer.context} tokens of context; /help, /quit")
+        screen.tell(
+            f"{voice.writer.context} tokens of context, on {voice.writer.device}; /help lists what you can type"
+        )
     with _history() if typed else contextlib.nullcontext():
         for line in _typed() if typed else _piped():
             if not session.take(line):
@@ -125,10 +127,10 @@ def _piped() -> Iterator[str]:
     """
 
     def read(first: bool) -> str:
-        line = sys.stdin.readline()
+        line = sys.stdin.buffer.readline()  # Python would let broken text through where there is no locale
         if not line:
             raise EOFError
-        return line.removesuffix("\n")
+        return line.decode("utf-8").removesuffix("\n")
 
     while True:
         try:

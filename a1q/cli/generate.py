@@ -126,7 +126,8 @@ def _read_prompt(prompt: str) -> str:
             click.echo("the prompt, ended with Ctrl-D:", err=True)
         try:
             text = sys.stdin.read().removesuffix("\n")
-        except UnicodeDecodeError as error:
+            text.encode()  # where there is no locale, Python lets broken text through
+        except UnicodeError as error:
             raise UsageError(f"the prompt on standard input is not UTF-8: {error}") from None
     if not text.strip():
         raise UsageError('the prompt is empty; give one with --prompt "Text", or on standard input')

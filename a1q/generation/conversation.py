@@ -36,7 +36,8 @@ class Conversation:
 
     def answered(self, text: str) -> None:
         """Add what the assistant said, less its thought, which no later prompt repeats."""
-        self.turns.append({"role": "assistant", "content": text.rpartition(CLOSED)[2].strip()})
+        _, thought, said = text.rpartition(CLOSED)
+        self.turns.append({"role": "assistant", "content": said.lstrip("\n") if thought else said})
 
     def undo(self) -> str:
         """Take the last question and its answer back; the question, or nothing where there is none."""
@@ -55,17 +56,18 @@ class Conversation:
         Raises:
             UsageError: if the last question alone doesn't fit.
         """
-        forgotten = 0
+        turns, forgotten = self.turns, 0
         while True:
-            text = chat.prompt(self.messages)
+            text = chat.prompt(Conversation(self.system, turns).messages)
             tokens = voice.chat_tokens(text)
             if len(tokens) + room <= voice.writer.context:
+                self.turns = turns
                 return text, tokens, forgotten
-            later = next((n for n in range(1, len(self.turns)) if self.turns[n]["role"] == "user"), None)
+            later = next((n for n in range(1, len(turns)) if turns[n]["role"] == "user"), None)
             if later is None:
                 message = f"the question has {len(tokens)} tokens with its template, and the context of"
                 raise UsageError(f"{message} {voice.writer.context} must hold an answer of {room} too")
-            del self.turns[:later]
+            turns = turns[later:]
             forgotten += later
 
     def save(self, path: Path) -> None:

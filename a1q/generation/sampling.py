@@ -8,6 +8,9 @@ from typing import Any
 
 import numpy as np
 
+ROUNDING = 1e-12
+"""What sums of probabilities may be off by."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -49,7 +52,7 @@ class Sampler:
 
 
 def candidates(logits: Any, sampling: Sampling) -> tuple[Any, Any]:
-    """The tokens [k] that may be drawn, likeliest first, and their probabilities [k], of logits float64 [vocabulary]."""
+    """The tokens [k] that may be drawn, likeliest first, and their probabilities, of logits float64 [vocabulary]."""
     scaled = logits / sampling.temperature
     odds = np.exp(scaled - scaled.max())
     count = min(sampling.top_k or len(odds), len(odds))
@@ -66,5 +69,5 @@ def candidates(logits: Any, sampling: Sampling) -> tuple[Any, Any]:
         size = min(count, size * 8)
     shares = odds[order] / (odds[order].sum() if whole is None else whole)
     before = np.cumsum(shares) - shares
-    kept = order[before < sampling.top_p]
+    kept = order[before < sampling.top_p - ROUNDING]
     return kept, odds[kept] / odds[kept].sum()

@@ -190,7 +190,7 @@ HELP = {
     "reset": ("/reset", "forget the conversation"),
     "system": ("/system TEXT", "what the system says; nothing without TEXT"),
     "thinking": ("/thinking on|off|default", "what the chat template is told about thinking"),
-    "set": ("/set NAME VALUE", "temperature, top_p, top_k, repetition_penalty, max_tokens, seed; all without NAME"),
+    "set": ("/set NAME VALUE", "temperature, top_p, top_k, repetition_penalty, max_tokens or seed"),
     "retry": ("/retry", "another answer to the last question"),
     "undo": ("/undo", "take the last question and its answer back"),
     "save": ("/save FILE.json", "keep the conversation"),

@@ -42,7 +42,12 @@ class Writer(ABC):
         """
         if not tokens or len(self.tokens) + len(tokens) > self.context:
             raise ValueError(f"{len(tokens)} tokens behind {len(self.tokens)} don't fit a context of {self.context}")
-        logits = self._extend(tokens)
+        try:
+            logits = self._extend(tokens)
+        except BaseException:  # also Ctrl-C: some layers may know tokens that others don't
+            self._keep(0)
+            self.tokens = []
+            raise
         self.tokens += tokens
         if not np.isfinite(logits).all():
             raise StageError(f"the logits behind token {len(self.tokens)} are not finite; is the model whole?")
@@ -102,7 +107,7 @@ class ModelWriter(Writer):
     def _keep(self, count: int) -> int:
         sliding = any(getattr(layer, "is_sliding", False) for layer in getattr(self._cache, "layers", ()))
         if count and self._cache is not None and not sliding:  # what has slid out of a window can't come back
-            self._cache.crop(count)
+            self._cache.crop(count - len(self.tokens))  # negative: so many from the end
             return count
         self._cache = None
         return 0
