@@ -96,20 +96,24 @@ def test_typed_at_a_terminal() -> None:
     command = [sys.executable, "-m", "a1q", "chat", "builtin:pico", *GREEDY]
     process = subprocess.Popen(command, env=environment, preexec_fn=lambda: as_a_shell_starts_it(child))
     os.close(child)
-    seen = b""
+    seen, all_of_it = b"", b""
 
     def until(text: bytes) -> None:
-        nonlocal seen
+        nonlocal seen, all_of_it
         end = time.monotonic() + 30
         while text not in seen and time.monotonic() < end:
             if select.select([parent], [], [], 1)[0]:
-                seen += os.read(parent, 4096)
-        assert text in seen, seen
+                piece = os.read(parent, 4096)
+                seen, all_of_it = seen + piece, all_of_it + piece
+        assert text in seen, (text, all_of_it)
         seen = seen.partition(text)[2]
 
     until(b"/help lists")
     until(b"> ")
-    os.write(parent, b"half a li\x03")
+    os.write(parent, b"half a li")
+    until(b"half a li")  # a signal just before Python waits for the first key would be seen with that key
+    time.sleep(0.2)
+    os.write(parent, b"\x03")
     until(b"> ")
     os.write(parent, b"Return \\\n")
     until("… ".encode())
