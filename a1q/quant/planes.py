@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 BASE, DIGITS, LARGEST_DIGIT = 128, 3, 64
-ROWS = 1 << 14
+ROWS = 1 << 13
 """Rows of a weight that are packed together."""
 FEW = 1 << 22
 """Numbers that a block of positions may make on the way."""
@@ -32,8 +32,10 @@ UPCAST = 1 << 18
 """Bytes that become floats at a time, without fbgemm; they stay in the cache."""
 LEAST = 1e-30
 """Least u: positions of zeros give zeros."""
+ROUNDING = 1.5 * 2**23
+"""Floats of this size are whole: adding it rounds, several times faster than `round`."""
 ENGINE = "fbgemm"
-POWERS = torch.tensor([float(BASE) ** digit for digit in range(DIGITS)])[:, None, None]
+POWERS = torch.tensor([float(LARGEST_DIGIT * BASE**digit) for digit in range(DIGITS)])[:, None, None]
 WORTH = torch.tensor([BASE**-digit / LARGEST_DIGIT for digit in range(DIGITS)])
 """Of each digit, in units of u."""
 
@@ -84,9 +86,8 @@ class Planes:
 
 def digits_of(x: Tensor, peak: Tensor) -> Tensor:
     """The digits [3, t, in] of x [t, in], whole floats of at most 64, for peaks max|x| [t, 1]."""
-    numbers = ((x * (LARGEST_DIGIT / peak)) * POWERS).round_()
-    higher = numbers[:-1] * BASE  # before what they are made of changes
-    numbers[1:] -= higher
+    numbers = (x * (POWERS / peak)).add_(ROUNDING).sub_(ROUNDING)
+    numbers[1:].sub_(numbers[:-1] * BASE)
     return numbers
 
 

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from a1q.quant import compact
-from a1q.quant.compact import CompactEmbedding, CompactLinear, compact_weight, held_bytes, weight_of_rows
+from a1q.quant.byte_tables import byte_tables
+from a1q.quant.compact import TOLERANCE, CompactEmbedding, CompactLinear, compact_weight, held_bytes, weight_of_rows
 from a1q.quant.embedding import QuantEmbedding
 from a1q.quant.linear import QuantLinear
 from a1q.quant.planes import fbgemm_works
@@ -42,14 +43,14 @@ def test_every_scheme_computes_what_float64_does(spec: dict, snapped: bool) -> N
         assert made.held.shape == (36, 48)
         error = missed(made(x), wanted)
         assert error < (2e-3 if made.held.bytes_each == 1 else 4e-5)
-        entries = 0 if form is None else form.tables.shape[1]
         if spec["scheme"] == "balanced" or (spec["scheme"] == "affine" and spec.get("granularity") != "group"):
             assert made.held.bytes_each == 1
             assert error < (4e-4 if spec["scheme"] == "balanced" and snapped else 2e-6)
-        if 0 < entries <= 4:
-            assert made.held.bytes_each == 1
         if form is None:
             assert made.held.bytes_each == 2
+        elif len(form.tables) == 1:
+            near = float(byte_tables(form.tables.detach()).error) <= TOLERANCE
+            assert made.held.bytes_each == (1 if near else 2)
 
 
 @each
@@ -87,6 +88,13 @@ def test_latents_straight_through_fp16_and_adapters_count() -> None:
     assert missed(made(x), wanted.double()) < 1e-3
     module.drop_adapter()
     assert missed(made(x), module(x).double()) > 0.1
+
+    a, b = torch.randn(2, 48), torch.randn(36, 2)
+    made.add_adapter(a, b, 0.5)
+    more = 0.5 * (x.double() @ a.double().T) @ b.double().T
+    assert missed(made(x), wanted.double() + more) < 1e-3
+    with pytest.raises(ValueError, match="does not fit 36x48"):
+        made.add_adapter(b, a)
 
 
 def test_many_ranks_take_two_bytes_and_few_take_one() -> None:
