@@ -93,6 +93,7 @@ def serve(side: str, folder: Path, prompt: int, tokens: int) -> None:
     """One side's process: load, tell its memory, then generate whenever a line comes in."""
     import torch
     import transformers  # noqa: F401
+    from safetensors.torch import save_file
 
     torch.set_num_threads(2)
     before = memory("VmRSS")
@@ -122,8 +123,6 @@ def serve(side: str, folder: Path, prompt: int, tokens: int) -> None:
 
     with torch.inference_mode():
         text = model.generate(ids, min_new_tokens=tokens, max_new_tokens=tokens, **settings)[0, prompt:].tolist()
-        logits = model(ids).logits[0]
-    torch.save(logits, folder / f"{side}.logits")  # of a process of our own, in a folder that goes
     facts = {"load_s": loaded, "held": held, "before": before, "text": text}
     print(json.dumps(facts), flush=True)
     for _ in sys.stdin:
@@ -132,15 +131,16 @@ def serve(side: str, folder: Path, prompt: int, tokens: int) -> None:
         peak = memory("VmHWM")
         figures = {"decode": tokens / rest, "prefill": prompt / first, "peak": peak}
         print(json.dumps(figures), flush=True)
+    with torch.inference_mode():
+        logits = model(ids).logits[0]
+    save_file({"logits": logits}, folder / f"{side}.logits")
 
 
 def compare(folder: Path) -> dict[str, float]:
     """KL from the dense model's next tokens to the compact one's, nats per position: the mean and the largest."""
-    import torch
+    from safetensors.torch import load_file
 
-    dense, compact = (
-        torch.load(folder / f"{side}.logits", weights_only=True).double().log_softmax(-1) for side in SIDES
-    )
+    dense, compact = (load_file(folder / f"{side}.logits")["logits"].double().log_softmax(-1) for side in SIDES)
     each = (dense.exp() * (dense - compact)).sum(-1)
     return {
         "kl": float(each.mean()),

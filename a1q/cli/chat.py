@@ -55,6 +55,7 @@ def command(
     seed: int,
     base: str | None,
     device: str,
+    dense: bool,
     precision: Literal["fp32", "fp16"],
 ) -> None:
     """Talk with MODEL, named as for `a1q generate`. What you type goes through the model's chat template; a line that
@@ -73,7 +74,7 @@ def command(
     typed = sys.stdin.isatty()
     if typed:
         click.echo(f"loading {model} ...", err=True)
-    voice = open_voice(model, base, device, precision)
+    voice = open_voice(model, base, device, precision, dense)
     colours = sys.stderr.isatty()
 
     def tell(line: str) -> None:
@@ -83,9 +84,9 @@ def command(
     sampling = Sampling(temperature, top_k, top_p, repetition_penalty)
     session = Session(voice, screen, conversation, sampling, thinking_switch(thinking), max_tokens, seed)
     if typed:
-        screen.tell(
-            f"{voice.writer.context} tokens of context, on {voice.writer.device}; /help lists what you can type"
-        )
+        held = f", {voice.weights}" if voice.weights else ""
+        room = f"{voice.writer.context} tokens of context"
+        screen.tell(f"{room}, on {voice.writer.device}{held}; /help lists what you can type")
     with _history() if typed else contextlib.nullcontext():
         for line in _typed() if typed else _piped():
             if not session.take(line):

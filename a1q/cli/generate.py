@@ -53,6 +53,7 @@ def command(
     seed: int,
     base: str | None,
     device: str,
+    dense: bool,
     precision: Literal["fp32", "fp16"],
     as_json: bool,
 ) -> None:
@@ -71,7 +72,7 @@ def command(
 
         _refuse_without_chat(as_chat, system, thinking)
         text = _read_prompt(prompt)
-        voice = open_voice(model, base, device, precision)
+        voice = open_voice(model, base, device, precision, dense)
         if as_chat:
             conversation = Conversation(system)
             conversation.ask(text)
@@ -109,7 +110,8 @@ def command(
         print_json({"ok": True, "model": model, "folder": str(voice.folder), "seed": seed, "prompt": text, **facts})
     else:
         click.echo()
-        click.echo(f"{found.figures}; on {voice.writer.device}", err=True)
+        held = f", {voice.weights}" if voice.weights else ""
+        click.echo(f"{found.figures}; on {voice.writer.device}{held}", err=True)
 
 
 def _refuse_without_chat(as_chat: bool, system: str, thinking: str | None) -> None:

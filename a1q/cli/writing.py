@@ -60,6 +60,11 @@ def writing_options(max_tokens: int) -> Callable[[Function], Function]:
         click.option("--base", metavar="MODEL", help="The model that an adapter belongs to, if it doesn't say so."),
         click.option("--device", type=click.Choice(DEVICES), default="auto", show_default=True, help="For models."),
         click.option(
+            "--dense",
+            is_flag=True,
+            help="Write a quantized model's weights out in fp32: in more memory, slower. Always so off the CPU.",
+        ),
+        click.option(
             "--precision",
             type=click.Choice(("fp32", "fp16")),
             default="fp16",

@@ -29,6 +29,8 @@ class Voice:
     """Of transformers."""
     ends: list[int]
     """Tokens that end a text."""
+    weights: str = ""
+    """How they are held, for people, where they are compact."""
 
     def tokens(self, text: str) -> list[int]:
         """Tokens of a text, with what the tokenizer puts before every text.
@@ -74,7 +76,11 @@ class Voice:
 
 
 def open_voice(
-    name: str, base: str | None = None, device: str = "auto", precision: Literal["fp32", "fp16"] = "fp16"
+    name: str,
+    base: str | None = None,
+    device: str = "auto",
+    precision: Literal["fp32", "fp16"] = "fp16",
+    dense: bool = False,
 ) -> Voice:
     """Load what `name` means.
 
@@ -83,6 +89,7 @@ def open_voice(
         base: model that the adapter belongs to; None takes the one that its config names.
         device: of models; packages are run by Core ML, or interpreted on the CPU.
         precision: how the interpreter rounds.
+        dense: write weights of quantized models out, also on the CPU (`a1q.models.compact` says what else happens).
 
     Raises:
         UsageError: if a package is asked to run on another device, or a model gets a base.
@@ -93,15 +100,17 @@ def open_voice(
     os.environ.setdefault("TQDM_DISABLE", "1")  # no bars of the libraries between our lines
     path = Path(name).expanduser()
     if (path / ADAPTER).is_file() and not (path / "config.json").is_file():
-        return _model(locate_model(base or _base_of(path)), device, adapter=path)
+        return _model(locate_model(base or _base_of(path)), device, dense, adapter=path)
     if base is not None:
         raise UsageError(f"--base is for adapters, and {name} is none: it has no {ADAPTER}")
     folder = locate_folder(name)
     if is_core_ml(folder):
         if device != "auto":
             raise UsageError(f"--device {device} is for models; {folder} is a Core ML package")
+        if dense:
+            raise UsageError(f"--dense is for models; {folder} is a Core ML package")
         return _package(folder, precision)
-    return _model(folder, device)
+    return _model(folder, device, dense)
 
 
 def find_device(asked: str) -> torch.device:
@@ -135,19 +144,22 @@ def find_tokenizer(folder: Path) -> Any:
         raise MismatchError(f"the tokenizer of {folder} can't be loaded: {reason}") from None
 
 
-def _model(folder: Path, device: str, adapter: Path | None = None) -> Voice:
+def _model(folder: Path, device: str, dense: bool, adapter: Path | None = None) -> Voice:
     from a1q.models.checkpoint import load_model
+    from a1q.models.compact import load_compact
     from a1q.models.dense import write_out
+    from a1q.quant.compact import described
 
     place, tokenizer = find_device(device), find_tokenizer(folder)
     try:
-        model = load_model(folder, device=place)
+        model = load_model(folder, device=place) if dense or place.type != "cpu" else load_compact(folder)
     except StageError as error:
         raise MismatchError(str(error)) from None
     write_out(model)
     if adapter is not None:
         _add(model, adapter)
-    return Voice(folder, ModelWriter(model), tokenizer, _ends(folder, tokenizer, model.config.eos_token_id))
+    ends = _ends(folder, tokenizer, model.config.eos_token_id)
+    return Voice(folder, ModelWriter(model), tokenizer, ends, described(model))
 
 
 def _package(folder: Path, precision: Literal["fp32", "fp16"]) -> Voice:
@@ -180,7 +192,7 @@ def _base_of(adapter: Path) -> str:
 
 
 def _add(model: Any, adapter: Path) -> None:
-    """Add an adapter to the weights of a model whose linears are dense.
+    """Add an adapter to the weights of a model whose linears are dense, or beside those that are compact.
 
     Raises:
         MismatchError: if it is that of another model.
@@ -189,15 +201,19 @@ def _add(model: Any, adapter: Path) -> None:
     from torch import nn
 
     from a1q.models.adapter_source import read_adapter, resolve_adapter
+    from a1q.quant.compact import CompactLinear
 
-    linears = {item: module for item, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linears = {item: module for item, module in model.named_modules() if isinstance(module, nn.Linear | CompactLinear)}
     parts = read_adapter(resolve_adapter(str(adapter)).path)
     for name, (a, b) in parts.items():
         linear = linears.get(name)
-        if linear is None or tuple(linear.weight.shape) != (b.shape[0], a.shape[1]):
-            found = "it has none" if linear is None else f"its shape is {list(linear.weight.shape)}"
+        if linear is None or (linear.out_features, linear.in_features) != (b.shape[0], a.shape[1]):
+            found = "it has none" if linear is None else f"its shape is [{linear.out_features}, {linear.in_features}]"
             message = f"the adapter {adapter} has {name} [{b.shape[0]}, {a.shape[1]}], and of the model {found}"
             raise MismatchError(f"{message}: name the adapter's own model with --base")
+        if isinstance(linear, CompactLinear):
+            linear.add_adapter(a, b)
+            continue
         with torch.no_grad():
             linear.weight += (b @ a).to(linear.weight)
 

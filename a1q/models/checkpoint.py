@@ -226,21 +226,23 @@ def _load_own(
     with init_empty_weights(include_buffers=False):  # buffers that no file holds (rotary frequencies) are computed
         model = AutoModelForCausalLM.from_config(_config(folder), attn_implementation="sdpa", dtype=dtype)
     model.tie_weights()
-    with safe_open(folder / WEIGHTS, framework="pt") as file:
-        names = set(file.keys())
-        used = set()
-        for name, fact in facts.items():
-            try:
-                dense = model.get_submodule(name)
-            except AttributeError:
-                raise StageError(f"{folder}: the model has no module {name}") from None
+    names = {name for name in header if name != "__metadata__"}
+    used = set()
+    for name, fact in facts.items():
+        try:
+            dense = model.get_submodule(name)
+        except AttributeError:
+            raise StageError(f"{folder}: the model has no module {name}") from None
+        with safe_open(folder / WEIGHTS, framework="pt") as file:  # closed again, pages that were read are given back
             module, taken = _read_quantized(folder, file, names, name, fact, dense)
-            used |= taken
-            swap_module(model, name, module)
-            if replace is not None:
-                replace.quantized(model, name)
+        used |= taken
+        swap_module(model, name, module)
         if replace is not None:
-            used |= replace.dense(model, folder / WEIGHTS, header)
+            replace.quantized(model, name)
+        del module
+    if replace is not None:
+        used |= replace.dense(model, folder / WEIGHTS, header)
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
         expected = _dense_tensors(model, facts)
         _refuse_differences(folder, set(expected) - names, names - used - set(expected))
         for name, slot in expected.items():

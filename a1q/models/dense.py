@@ -20,6 +20,6 @@ def write_out(model: Any) -> None:
         weight = module.weight.detach()
         if isinstance(module, QuantLinear) and module.adapter is not None:
             weight = weight + module.adapter_delta()
-        dense: Any = nn.Linear(1, 1)
+        dense: Any = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
         dense.weight, dense.bias = nn.Parameter(weight, requires_grad=False), module.bias
         swap_module(model, name, dense)

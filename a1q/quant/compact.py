@@ -39,7 +39,8 @@ class CompactWeight:
 
     def __init__(self, planes: Planes, rows: Tensor | None = None, columns: Tensor | None = None):
         """Take `rows` [out, r] only where r > 1 (one rank's are part of the planes), and `columns` [r, in]."""
-        self.planes, self.rows, self.columns = planes, rows, columns
+        self.planes = planes
+        self.rows, self.columns = (None if part is None else part.float().clone() for part in (rows, columns))
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -295,6 +296,13 @@ class MappedEmbedding(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         y = embedding(input, self.mapped).to(self.output_dtype)
         return y if self.embed_scale is None else y * self.embed_scale.to(y.dtype)
+
+
+def described(model: nn.Module) -> str:
+    """How weights are held, in a few words for people; empty where none is compact."""
+    each = [module.held.bytes_each for module in model.modules() if isinstance(module, CompactLinear)]
+    counts = [f"{each.count(size)} at {size} byte{'s' * (size > 1)}" for size in sorted(set(each))]
+    return f"weights in {held_bytes(model) / 1e6:,.1f} MB ({', '.join(counts)} each)" if each else ""
 
 
 def held_bytes(model: nn.Module) -> int:

@@ -93,6 +93,15 @@ def test_temperature_zero_is_the_likeliest_text(model: str) -> None:
     assert found["text"] == greedy(Path(found["folder"]), PROMPT, 12)
 
 
+def test_weights_are_compact_unless_asked_for_dense() -> None:
+    options = ("--prompt", PROMPT, "--max-tokens", 6, "--device", "cpu", "--temperature", 0)
+    compact, dense = a1q("generate", "small", *options), a1q("generate", "small", *options, "--dense")
+    assert compact.stdout == dense.stdout
+    assert "on cpu, weights in 0.2 MB (" in compact.stderr and " at 2 bytes each)" in compact.stderr
+    for other in (dense, a1q("generate", "tiny", *options)):  # in tiny nothing is quantized
+        assert other.stderr.endswith("on cpu\n")
+
+
 def test_a_run_means_its_last_model_and_stages_go_by_id(work: Path) -> None:
     stages = {item["id"]: item for item in json.loads((work / "runs/small/report.json").read_text())["stages"]}
     assert facts("runs/small")["folder"] == facts("small")["folder"] == stages["final"]["artifact"]
