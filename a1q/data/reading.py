@@ -83,7 +83,7 @@ class Reader:
         self._modes = thinking_of(config)
         self._chats: dict[bool | None, Chat] = {}
         self._spool = Spool(side(config, split))
-        self._order = list(range(len(self._spool)))
+        self._order = array("Q", range(len(self._spool)))
         random.Random(seed).shuffle(self._order)
 
     def __len__(self) -> int:
