@@ -39,12 +39,13 @@ def fsync_tree(folder: Path) -> None:
         fsync_path(Path(place))
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Replace a file's whole content, so that a reader or a crash sees the old or the new text, never a part."""
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Replace a file's whole content, so that a reader or a crash sees the old or the new one, never a part."""
+    data = content.encode("utf-8") if isinstance(content, str) else content
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with open(aside, "w", encoding="utf-8") as handle:
-            handle.write(text)
+        with open(aside, "wb") as handle:
+            handle.write(data)
             handle.flush()
             os.fsync(handle.fileno())
         os.replace(aside, path)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from a1q.quant.importance import Inputs
+
+LAYER = re.compile(r"\.layers\.(\d+)\.")
+"""Where a module's name says which decoder layer it is in."""
 
 
 def relative_error(weight: Tensor, approximation: Tensor, inputs: Inputs | None) -> tuple[float, float]:
@@ -36,6 +40,15 @@ def error_by_group(items: Iterable[tuple[str, float, float]]) -> dict[str, float
         total[0] += wrong
         total[1] += whole
     return {group: wrong / whole if whole else 0.0 for group, (wrong, whole) in sums.items()}
+
+
+def error_by_layer(errors: Mapping[str, tuple[float, float]]) -> dict[str, float]:
+    """Number of the decoder layer -> Σ of the errors / Σ of the wholes, from (error, whole) by module name.
+
+    Modules outside of layers are left out.
+    """
+    layers = ((LAYER.search(name), error) for name, error in errors.items())
+    return error_by_group((found[1], *error) for found, error in layers if found)
 
 
 def report_bits(folder: Path) -> dict[str, float]:

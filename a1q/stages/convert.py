@@ -48,7 +48,7 @@ class ConvertConfig:
 class ConvertStage(Stage):
     """Fit new parts to the latent or the quantized weights of every module named."""
 
-    version = 3
+    version = 4
     Config = ConvertConfig
 
     def plan(self, ctx: PlanContext) -> Outcome:
@@ -80,7 +80,7 @@ class ConvertStage(Stage):
         from a1q.distill.meter import kl_meter
         from a1q.models.checkpoint import load_model, save_model
         from a1q.models.view import read_view
-        from a1q.quant.measure import error_by_group, report_bits
+        from a1q.quant.measure import error_by_group, error_by_layer, report_bits
         from a1q.quant.statistics import measured_modules, read_statistics
         from a1q.training.blockwise import fit_in_order
         from a1q.training.device import prepare_torch
@@ -112,6 +112,7 @@ class ConvertStage(Stage):
             modules=len(changed),
             error_before=error_by_group((owners[name], *error) for name, error in fitter.before.items()),
             error_after=error_by_group((owners[name], *error) for name, error in fitter.after.items()),
+            error_by_layer=error_by_layer(fitter.after),
             **found,
             **report_bits(ctx.out),
         )

@@ -33,7 +33,7 @@ class QuantizeConfig:
 class QuantizeStage(Stage):
     """Fit schemes to dense weights, decoder layer by decoder layer."""
 
-    version = 2
+    version = 3
     Config = QuantizeConfig
 
     def plan(self, ctx: PlanContext) -> Outcome:
@@ -59,7 +59,7 @@ class QuantizeStage(Stage):
         from a1q.models.checkpoint import load_model, save_model
         from a1q.models.view import read_view
         from a1q.quant.fitter import DenseFitter
-        from a1q.quant.measure import error_by_group, report_bits
+        from a1q.quant.measure import error_by_group, error_by_layer, report_bits
         from a1q.quant.statistics import measured_modules, read_statistics
         from a1q.training.blockwise import fit_in_order
         from a1q.training.device import prepare_torch
@@ -80,7 +80,13 @@ class QuantizeStage(Stage):
         found = fit_in_order(ctx, model, list(changed), fitter, statistics, config, {"model": source.digest})
         save_model(model, ctx.out, tokenizer_from=source.path)
         errors = [(rules[name].group if name in rules else "rest", *error) for name, error in fitter.errors.items()]
-        ctx.metrics.update(modules=len(changed), error=error_by_group(errors), **found, **report_bits(ctx.out))
+        ctx.metrics.update(
+            modules=len(changed),
+            error=error_by_group(errors),
+            error_by_layer=error_by_layer(fitter.errors),
+            **found,
+            **report_bits(ctx.out),
+        )
 
 
 def _rules(ctx: PlanContext, view: ModelView) -> dict[str, Rule]:

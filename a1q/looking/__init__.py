@@ -1,0 +1,1 @@
+"""What is found out about models, packages and caches for people to look at."""
