@@ -11,6 +11,8 @@ from typing import Any
 
 from a1q.errors import MismatchError
 
+TRAINING = ("train", "lora_recover", "pretrain")
+"""Stages whose loss is in nats per token."""
 RATES = ("lr", "norm", "tokens_per_second")
 """Figures of a step that are drawn by themselves: share of the learning rate, gradient norm, speed."""
 
@@ -22,6 +24,8 @@ class Line:
     label: str
     x: Sequence[float]
     y: Sequence[float]
+    marked: bool = False
+    """Whether its points are few and each was measured."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,8 @@ class Chart:
     y: str
     lines: Sequence[Line]
     logarithmic: bool = False
+    zero: bool = True
+    """Whether y begins at 0, where it is not logarithmic."""
     steps: bool = False
     """Whether x counts things that are one by one."""
 
@@ -48,7 +54,7 @@ def charts_of(report: Mapping[str, Any], folder: Path) -> list[Chart]:
     found: list[Chart] = []
     for stage in report["stages"]:
         lines = _lines(folder / "metrics" / f"{stage['id']}.jsonl")
-        found += _of_steps(stage["id"], lines)
+        found += _of_steps(stage["id"], lines, "nats per token" if stage["stage"] in TRAINING else "relative error")
     errors = [
         Line(stage["id"], *_by_layer(stage["metrics"]["error_by_layer"]))
         for stage in report["stages"]
@@ -59,8 +65,9 @@ def charts_of(report: Mapping[str, Any], folder: Path) -> list[Chart]:
         found.append(Chart("error-by-layer", title, "decoder layer", y, errors, steps=True))
     divergence = _divergence(report["stages"])
     if len(divergence.x) > 1:
-        title = "KL to the teacher from stage to stage"
-        found.append(Chart("kl", title, "stage", "KL, nats per token", [divergence], logarithmic=True, steps=True))
+        title = "KL to the teacher, as each stage measured it"
+        wide = _is_wide([divergence])
+        found.append(Chart("kl", title, "stage", "KL, nats per token", [divergence], logarithmic=wide, steps=True))
     return found
 
 
@@ -69,14 +76,13 @@ def labels_of(report: Mapping[str, Any]) -> list[str]:
     return [stage["id"] for stage in report["stages"] if _kl(stage["metrics"]) is not None]
 
 
-def _of_steps(stage: str, lines: Sequence[Mapping[str, Any]]) -> list[Chart]:
+def _of_steps(stage: str, lines: Sequence[Mapping[str, Any]], unit: str) -> list[Chart]:
     loss = _line("loss", lines, "loss")
     if len(loss.x) < 2:
         return []
-    tune = _line("held out", lines, "tune")
-    curves = [line for line in (loss, tune) if len(line.x) > 1]
-    positive = all(value > 0 for line in curves for value in line.y)
-    charts = [Chart(f"{stage}-loss", f"{stage}: loss", "step", "nats per token", curves, logarithmic=positive)]
+    tune = _where_it_changes(_line("held out", lines, "tune"))
+    curves = [line for line in (loss, tune) if line.x]
+    charts = [Chart(f"{stage}-loss", f"{stage}: loss", "step", unit, curves, logarithmic=_is_wide(curves), zero=False)]
     titles = {
         "lr": ("learning rate", "share of the rate"),
         "norm": ("gradient norm", "norm"),
@@ -97,6 +103,18 @@ def _line(label: str, lines: Sequence[Mapping[str, Any]], key: str) -> Line:
         if _is_number(line.get("step")) and _is_number(line.get(key))
     ]
     return Line(label, [x for x, _ in points], [y for _, y in points])
+
+
+def _where_it_changes(line: Line) -> Line:
+    """Only the points at which a value was new: between measurements, lines repeat the last."""
+    new = [number for number, value in enumerate(line.y) if number == 0 or value != line.y[number - 1]]
+    return Line(line.label, [line.x[number] for number in new], [line.y[number] for number in new], marked=True)
+
+
+def _is_wide(lines: Sequence[Line]) -> bool:
+    """Whether values are positive and span more than a power of ten, so that only a logarithm shows all of them."""
+    values = [value for line in lines for value in line.y]
+    return min(values) > 0 and max(values) > 10 * min(values)
 
 
 def _is_number(value: Any) -> bool:

@@ -47,16 +47,16 @@ def draw(chart: Chart, folder: Path, formats: Sequence[str], labels: Sequence[st
         figure = Figure(figsize=SIZE, layout="constrained")
         axes = figure.add_subplot()
         for number, line in enumerate(chart.lines):
-            marker = "o" if chart.steps or len(line.x) < 3 else None
+            marker = "o" if chart.steps or line.marked else None
             axes.plot(
-                line.x, line.y, label=line.label, color=COLOURS[number % len(COLOURS)], marker=marker, linewidth=1.6
+                line.x, line.y, label=line.label, color=COLOURS[number % len(COLOURS)], marker=marker, markersize=5
             )
         axes.set_title(chart.title)
         axes.set_xlabel(chart.x)
         axes.set_ylabel(chart.y)
         if chart.logarithmic:
             axes.set_yscale("log")
-        else:
+        elif chart.zero:
             axes.set_ylim(bottom=min(0.0, *(min(line.y) for line in chart.lines)))
         if labels:
             axes.set_xticks(range(len(labels)), labels, rotation=25, ha="right")
