@@ -97,11 +97,14 @@ def copy_companions(source: Path, folder: Path) -> None:
 class Replacement(Protocol):
     """Puts other modules in place while an a1q folder is read: no two forms of all weights are ever there at once."""
 
+    def dense(self, model: Any, file: Path, header: Mapping[str, Any]) -> set[str]:
+        """Nothing has been read yet; say which tensors of `file`, whose header it is, need not be.
+
+        They are the largest, and to be replaced while nothing else is there.
+        """
+
     def quantized(self, model: Any, name: str) -> None:
         """The quantized module `name` has been read and is in place, but for its bias."""
-
-    def dense(self, model: Any, file: Path, header: Mapping[str, Any]) -> set[str]:
-        """No dense tensor has been read yet; say which of `file`, whose header it is, need not be."""
 
 
 def load_model(
@@ -227,7 +230,7 @@ def _load_own(
         model = AutoModelForCausalLM.from_config(_config(folder), attn_implementation="sdpa", dtype=dtype)
     model.tie_weights()
     names = {name for name in header if name != "__metadata__"}
-    used = set()
+    used = set() if replace is None else replace.dense(model, folder / WEIGHTS, header)
     for name, fact in facts.items():
         try:
             dense = model.get_submodule(name)
@@ -240,8 +243,6 @@ def _load_own(
         if replace is not None:
             replace.quantized(model, name)
         del module
-    if replace is not None:
-        used |= replace.dense(model, folder / WEIGHTS, header)
     with safe_open(folder / WEIGHTS, framework="pt") as file:
         expected = _dense_tensors(model, facts)
         _refuse_differences(folder, set(expected) - names, names - used - set(expected))

@@ -36,7 +36,7 @@ class _Compacting:
     """A `Replacement` by compact modules."""
 
     def quantized(self, model: Any, name: str) -> None:
-        from a1q.quant.compact import CompactEmbedding, CompactLinear, compact_weight
+        from a1q.quant.compact import CompactEmbedding, CompactLinear, compact_weight, says_rows
         from a1q.quant.embedding import QuantEmbedding
         from a1q.quant.linear import QuantLinear
         from a1q.quant.tied import TiedHead
@@ -51,7 +51,7 @@ class _Compacting:
             weight = compact_weight(module)
             for place in heads:
                 _put(model, place, CompactLinear(weight, model.get_submodule(place).bias))
-        if CompactEmbedding.takes(module):
+        if says_rows(module):
             _put(model, name, CompactEmbedding(module))
 
     def dense(self, model: Any, file: Path, header: Mapping[str, Any]) -> set[str]:

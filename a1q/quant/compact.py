@@ -86,7 +86,16 @@ def compact_weight(module: QuantModule, fast: bool | None = None) -> CompactWeig
             if form.columns is None or len(form.columns) == 1:
                 return _in_two_bytes(form, fast)
         rows, columns = module.shape
-        return weight_of_rows(module.rows, rows, columns, module.scheme.vector, fast)
+        if says_rows(module):
+            return weight_of_rows(module.rows, rows, columns, module.scheme.vector, fast)
+        whole = module.weight.detach()
+        return weight_of_rows(lambda start, stop: whole[start:stop], rows, columns, fast=fast)
+
+
+def says_rows(module: QuantModule) -> bool:
+    """Whether the scheme of `module` says rows by themselves."""
+    parts = {name: part.detach() for name, part in module.parts().items()}
+    return module.scheme.select_rows(parts, torch.arange(0)) is not None
 
 
 def weight_of_rows(
@@ -254,13 +263,6 @@ class CompactEmbedding(nn.Module):
             self.register_buffer(name, part.detach(), persistent=False)
         self.register_buffer("embed_scale", module.embed_scale, persistent=False)
         self.output_dtype = module.output_dtype
-
-    @staticmethod
-    def takes(module: QuantEmbedding) -> bool:
-        """Whether the scheme of `module` says rows by themselves."""
-        nothing = torch.arange(0)
-        parts = {name: part.detach() for name, part in module.parts().items()}
-        return module.scheme.select_rows(parts, nothing) is not None
 
     @torch.no_grad()
     def forward(self, input: Tensor) -> Tensor:

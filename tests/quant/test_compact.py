@@ -129,6 +129,20 @@ def test_rows_that_are_read_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     assert missed(made.product(x), x.double() @ dense.half().double().T) < 2e-5
 
 
+def test_schemes_that_say_no_rows_make_the_weight_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = quantized(SPECS[22], True)
+    wanted, made, scheme = module.dequantize(), [], type(module.scheme)
+    dequantize = scheme.dequantize
+    monkeypatch.setattr(scheme, "select_rows", lambda self, parts, rows: None)
+    monkeypatch.setattr(scheme, "dequantize", lambda self, parts: made.append(1) or dequantize(self, parts))
+    monkeypatch.setattr(compact, "BLOCK", 48 * 5)
+    assert not compact.says_rows(module)
+    found = compact_weight(module)
+    assert len(made) == 1
+    x = torch.randn(3, 48)
+    assert missed(found.product(x), x.double() @ wanted.double().T) < 2e-5
+
+
 @each
 @pytest.mark.parametrize("snapped", [False, True])
 @pytest.mark.parametrize("columns", [24, 7])
@@ -140,7 +154,6 @@ def test_embeddings_look_up_the_same_rows(spec: dict, snapped: bool, columns: in
     if snapped:
         module.snap()
     ids = torch.tensor([[3, 71, 3], [0, 40, 41]])
-    assert CompactEmbedding.takes(module)
     made = CompactEmbedding(module)
     with torch.no_grad():
         torch.testing.assert_close(made(ids), module(ids), rtol=1e-6, atol=1e-9)
