@@ -81,6 +81,10 @@ def test_from_a_checkpoint_to_a_core_ml_package_and_to_another_machine(work, mon
     assert view.modules["model.layers.0.mlp.up_proj"].scheme["rank"] == 6
     assert {module.state for module in view.modules.values()} == {"quantized", "dense"}
 
+    looked = json.loads(a1q("inspect", "out", "--json").stdout)
+    quantized = [rule for rule in looked["rules"] if rule["scheme"]]
+    assert sum(len(rule["modules"]) for rule in quantized) == 14
+    assert {rule["numbers"]["entries"][0] for rule in quantized} == {4, 16}
     Path("recipe.yaml").write_text(RECIPE)
     result = a1q("run", "recipe.yaml", "-o", "run")
     assert result.exit_code == 0, result.output
@@ -93,6 +97,9 @@ def test_from_a_checkpoint_to_a_core_ml_package_and_to_another_machine(work, mon
     assert whole.keys() == written.weights.keys() and {module.state for module in whole.values()} == {"snapped"}
     stages = {stage["id"]: stage for stage in report(work / "run")["stages"]}
     assert stages["ane"]["metrics"]["cosine_fp32"] > 0.9999
+    assert "2 bit rank 6, snapped" in a1q("inspect", "run:final").stdout
+    packaged = json.loads(a1q("eval", "run:ane", "--against", "run:final", "--tokens", 8, "--json").stdout)
+    assert packaged["kl"] < 1e-5
 
     assert a1q("store", "pack", "run", "-o", "run.tar").exit_code == 0
     monkeypatch.setenv("A1Q_HOME", str(work / "elsewhere"))
