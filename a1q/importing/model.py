@@ -282,25 +282,33 @@ def refuse_existing(out: Path) -> None:
     """Refuse a place where no new folder can be.
 
     Raises:
-        UsageError: if `out` is there already and not an empty folder, or its parent is no folder.
+        UsageError: if `out` is there already and not an empty folder, or below a file.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out} is there already; name a new folder (-o DIR)")
-    if not out.absolute().parent.is_dir():
-        raise UsageError(f"{out} can't be written: {out.absolute().parent} is no folder")
+    above = _existing(out)
+    if not above.is_dir():
+        raise UsageError(f"{out} can't be written: {above} is no folder")
+
+
+def _existing(out: Path) -> Path:
+    """The nearest thing above `out` that is there."""
+    return next(path for path in out.absolute().parents if path.exists())
 
 
 @contextlib.contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """A folder to write into, which becomes `out` when the block ends well, and is gone otherwise.
+    """A folder to write into, which becomes `out`, in folders that are made for it, when the block ends well, and is
+    gone otherwise.
 
     Raises:
         UsageError: as `refuse_existing`.
         StageError: if the disk is full or read-only.
     """
     refuse_existing(out)
-    aside = out.absolute().with_name(f".{out.name}.{os.getpid()}")
-    with told_disk_errors(out.absolute().parent):
+    above = _existing(out)
+    aside = above / f".{out.name}.{os.getpid()}"
+    with told_disk_errors(above):
         remove_tree(aside)
         aside.mkdir()
         try:
@@ -308,6 +316,7 @@ def new_folder(out: Path) -> Iterator[Path]:
             fsync_tree(aside)
             if out.is_dir():
                 out.rmdir()
+            out.absolute().parent.mkdir(parents=True, exist_ok=True)
             aside.rename(out)
             fsync_path(out.absolute().parent)
         finally:

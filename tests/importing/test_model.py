@@ -252,8 +252,14 @@ def test_a_new_folder_is_there_whole_or_not_at_all(tmp_path):
     assert sorted(item.name for item in tmp_path.iterdir()) == ["a", "empty"]
     with pytest.raises(UsageError, match="is there already"), new_folder(tmp_path / "a"):
         pass
-    with pytest.raises(UsageError, match="is no folder"), new_folder(tmp_path / "c" / "d"):
+    with pytest.raises(UsageError, match="is no folder"), new_folder(tmp_path / "a" / "x" / "d"):
         pass
+    with pytest.raises(RuntimeError), new_folder(tmp_path / "c" / "d"):
+        raise RuntimeError
+    assert not (tmp_path / "c").exists()
+    with new_folder(tmp_path / "c" / "d") as folder:
+        (folder / "x").write_text("1")
+    assert (tmp_path / "c" / "d" / "x").is_file() and len(list((tmp_path / "c").iterdir())) == 1
 
 
 def test_kinds_are_counted_in_words():
