@@ -32,6 +32,15 @@ plugin_option = click.option(
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document for programs.")
 
 
+class Number(click.FloatRange):
+    """A range that nan is not in."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """As click does."""
+        number = super().convert(value, param, ctx)
+        return number if number == number else self.fail("nan is no number", param, ctx)
+
+
 def recipe_options(function: Function) -> Function:
     """Add the argument RECIPE and the options --set, --unset and --plugin.
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from a1q.cli.common import errors_as_json, json_option, print_json
+from a1q.cli.common import Number, errors_as_json, json_option, print_json
 from a1q.coreml.thresholds import SECOND_CHUNK, Verify, default_verify
 from a1q.errors import GateError
 
@@ -22,16 +22,6 @@ if TYPE_CHECKING:
 DEFAULT = default_verify()
 UNITS = ("CPU_AND_NE", "ALL", "CPU_AND_GPU", "CPU_ONLY")
 COUNT = click.IntRange(min=0)
-
-
-class Number(click.FloatRange):
-    """A range that nan is not in."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """As click does."""
-        number = super().convert(value, param, ctx)
-        return number if number == number else self.fail("nan is no number", param, ctx)
-
 
 SHARE, COSINE = Number(0, 1), Number(-1, 1)
 

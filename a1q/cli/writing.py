@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 
 import click
 
+from a1q.cli.common import Number
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
@@ -24,14 +26,14 @@ def writing_options(max_tokens: int) -> Callable[[Function], Function]:
         ),
         click.option(
             "--temperature",
-            type=click.FloatRange(min=0),
+            type=Number(min=0),
             default=0.7,
             show_default=True,
             help="0 takes the likeliest token.",
         ),
         click.option(
             "--top-p",
-            type=click.FloatRange(min=0, max=1, min_open=True),
+            type=Number(min=0, max=1, min_open=True),
             default=0.95,
             show_default=True,
             help="Draw from the likeliest tokens that together have this probability.",
@@ -45,7 +47,7 @@ def writing_options(max_tokens: int) -> Callable[[Function], Function]:
         ),
         click.option(
             "--repetition-penalty",
-            type=click.FloatRange(min=0, min_open=True),
+            type=Number(min=0, min_open=True),
             default=1.0,
             show_default=True,
             help="Above 1, tokens that the text has already become less likely.",

@@ -66,6 +66,7 @@ def test_the_same_question_in_generate_gets_the_same_answer() -> None:
         (("builtin:pico", "--load", "no.json"), b"", 2, "no.json is no conversation"),
         (("builtin:pica",), b"", 3, "builtin:pico"),
         (("builtin:pico", "--top-p", "0"), b"", 2, "top-p"),
+        (("builtin:pico", "--temperature", "nan"), b"", 2, "nan is no number"),
         (("builtin:pico", "--max-tokens", "0"), b"", 2, "max-tokens"),
     ],
 )
