@@ -227,9 +227,11 @@ class Chat:
             if not text.startswith(begin) or not whole.startswith(begin):
                 raise UnclearError("the chat template writes an answer's beginning otherwise when it prompts for one")
             said, content = self._trimmed(whole[len(begin) :]), message["content"].strip()
-            if not text.startswith(said, len(begin)) and content and content in said:
+            closing = next((token for token in self._special if said.endswith(token)), "")
+            place = said.rfind(content, 0, len(said) - len(closing)) if content else -1
+            if not text.startswith(said, len(begin)) and place >= 0:
                 # Some put more before the last answer than before earlier ones, such as an empty thought.
-                said = said[said.rindex(content) :]
+                said = said[place:]
             if not text.startswith(said, len(begin)):
                 raise UnclearError("the chat template writes an answer otherwise once others follow")
             borders += [len(begin), len(begin) + len(said)]

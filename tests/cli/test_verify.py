@@ -174,12 +174,12 @@ def test_same_seed_same_text_and_streaming_prints_it() -> None:
     assert generated("single", "--seed", 5, "--temperature", 1)["text"] != first["text"]
     streamed = a1q("generate", "single", "--prompt", PROMPT, "--max-tokens", 16, "--seed", 4, "--temperature", 1)
     assert streamed.stdout == first["text"] + "\n"
-    assert "16 tokens in" in streamed.stderr
+    assert "wrote 16 in" in streamed.stderr
 
 
 def test_the_context_is_filled_and_not_more() -> None:
     result = a1q("generate", "single", "--prompt", "~" * 128)
-    assert result.exit_code == 2 and "128 tokens, and the package's context of 128 must hold" in result.output
+    assert result.exit_code == 2 and "128 tokens, and the context of 128 must hold" in result.output
     result = a1q("generate", "single", "--prompt", "~" * 120, "--json")
     found = json.loads(result.stdout)
     assert found["prompt_tokens"] + found["tokens"] == 128

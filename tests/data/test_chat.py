@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from a1q.data import conversational, read_sequences
@@ -101,13 +101,14 @@ def test_what_cannot_be_told_is_said(
 
 
 CONTENTS = st.lists(
-    st.text(st.sampled_from("aB.\n <|im_end>¿é"), max_size=12)
+    st.text(st.sampled_from("aB.\n <|im_end>¿é"), max_size=12)  # also parts of what ends a turn
     | st.sampled_from([sentence(1), "<|im_end|>", "<think>"]),
     min_size=1,
     max_size=6,
 )
 
 
+@example(["", ">", ""], False, THOUGHTFUL)  # which also ends what ends a turn
 @given(CONTENTS, st.booleans(), st.sampled_from([CHAT_TEMPLATE, THOUGHTFUL]))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
 def test_one_look_over_the_tokens_finds_what_the_template_says(
