@@ -57,27 +57,29 @@ def command(
 def _compared(
     first: str, second: str, data: str, tokens: int | None, prompts: tuple[str, ...], max_tokens: int, device: str
 ) -> dict[str, Any]:
-    from a1q.looking.comparison import PROMPTS, figures, layer_errors, samples, sizes, weight_errors
+    from a1q.looking.comparison import PROMPTS, figures, layer_errors, read_prompts, samples, sizes, weight_errors
     from a1q.looking.sources import open_speaker, require_same_text, text_tokens
     from a1q.looking.target import find
+    from a1q.looking.windows import check_windows
 
     targets = find(first), find(second)
     require_same_text(*targets, first, second)
     packages = any(target.kind == "package" for target in targets)
-    one, other = (open_speaker(target, "auto" if target.kind == "package" else device) for target in targets)
     count = tokens or (256 if packages else 4096)
     try:
         ids = text_tokens(data, targets[0].folder, count)
     except StageError as error:
         raise UsageError(str(error)) from None
-    if len(ids) < 2:
-        raise UsageError(f"{data} has {len(ids)} tokens, and it takes two to predict one")
-    window = min(512, one.context, other.context)
+    one, other = (open_speaker(target, "auto" if target.kind == "package" else device) for target in targets)
+    context = min(one.context, other.context)
+    window = min(512, context)
+    check_windows(ids, window, max(window // 2, 1), context, min(one.vocabulary, other.vocabulary))
+    begun = read_prompts(prompts or PROMPTS, targets[0].folder, context) if max_tokens else {}
     both = one.model is not None and other.model is not None
     return {
         "sizes": [sizes(target) for target in targets],
         "figures": figures(ids, one, other, window),
         "modules": weight_errors(one.model, other.model) if both else {},
         "layers": layer_errors(one.model, other.model, ids, min(window, 256)) if both else [],
-        "samples": samples(prompts or PROMPTS, targets[0].folder, (one, other), max_tokens) if max_tokens else [],
+        "samples": samples(begun, targets[0].folder, (one, other), max_tokens),
     }

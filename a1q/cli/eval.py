@@ -82,26 +82,28 @@ def _measured(
     precision: Literal["fp32", "fp16"],
 ) -> dict[str, Any]:
     from a1q.looking.sources import open_speaker, require_same_text, text_tokens
-    from a1q.looking.target import find
+    from a1q.looking.target import find, require_predicting
     from a1q.looking.windows import check_windows, measure
 
     target = find(model)
     other = find(against) if against is not None else None
     if other is not None:
         require_same_text(target, other, model, str(against))
-    count = _count(tokens, TOKENS.get(target.kind, 1))
-    speaker = open_speaker(target, device, precision)
-    reference = open_speaker(other, device, precision) if other is not None else None
+    require_predicting(target, model)
+    count = _count(tokens, min(TOKENS[item.kind] for item in (target, other) if item is not None))
     try:
         ids = text_tokens(data, target.folder, count)
     except StageError as error:
         raise UsageError(str(error)) from None
+    speaker = open_speaker(target, device, precision)
+    reference = None
+    if other is not None:
+        reference = open_speaker(other, "auto" if other.kind == "package" else device, precision)
     context = min(item.context for item in (speaker, reference) if item is not None)
     window = min(512, context) if window is None else window
     stride = max(window // 2, 1) if stride is None else stride
-    check_windows(len(ids), window, stride, context)
-    if int(ids.max()) >= speaker.vocabulary:
-        raise UsageError(f"the tokenizer of {model} has tokens beyond its vocabulary of {speaker.vocabulary}")
+    vocabulary = min(item.vocabulary for item in (speaker, reference) if item is not None)
+    check_windows(ids, window, stride, context, vocabulary)
     with click.progressbar(length=len(ids) - 1, file=sys.stderr, hidden=not sys.stderr.isatty()) as bar:
         found = measure(
             ids,

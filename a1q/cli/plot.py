@@ -19,7 +19,7 @@ Examples:
 """
 )
 @click.argument("run")
-@click.option("--stage", "stages", multiple=True, metavar="ID", help="Only the curves of this stage. Repeatable.")
+@click.option("--stage", "stages", multiple=True, metavar="ID", help="Only what this stage has. Repeatable.")
 @click.option(
     "--format",
     "formats",
@@ -27,7 +27,13 @@ Examples:
     type=click.Choice(FORMATS),
     help="Write this alone. Repeatable.  [default: both]",
 )
-@click.option("-o", "--output", type=click.Path(path_type=Path), metavar="DIR", help="Where to.  [default: RUN/plots]")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="DIR",
+    help="Where to.  [default: RUN/plots]",
+)
 def command(run: str, stages: tuple[str, ...], formats: tuple[str, ...], output: Path | None) -> None:
     """Draw RUN, a run folder or the name of one below `runs/`: losses, learning rates, gradient norms and speed of
     every stage that trained, errors by layer of those that quantized, and KL from stage to stage. Needs
@@ -53,14 +59,18 @@ def command(run: str, stages: tuple[str, ...], formats: tuple[str, ...], output:
             near = difflib.get_close_matches(stage, names, 1)
             hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
             raise UsageError(f"there is no stage {stage!r} in {folder}; {hint}")
-    charts = charts_of(report, folder)
     if stages:
-        charts = [chart for chart in charts if any(chart.name.startswith(f"{stage}-") for stage in stages)]
+        report["stages"] = [item for item in report["stages"] if item["id"] in stages]
+    charts = charts_of(report, folder)
     if not charts:
-        raise MismatchError(f"{folder} has nothing to draw: no stage of it trained or quantized")
+        whose = f"the stages chosen, {', '.join(stages)}, neither" if stages else "no stage of it"
+        raise MismatchError(f"{folder} has nothing to draw: {whose} trained {'n' * bool(stages)}or quantized")
     require_matplotlib()
     target = output or folder / "plots"
-    target.mkdir(parents=True, exist_ok=True)
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{target} can't be made: {error.strerror}") from None
     for chart in charts:
         labels = labels_of(report) if chart.name == "kl" else ()
         for path in draw(chart, target, formats or FORMATS, labels):

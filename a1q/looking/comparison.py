@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from a1q.errors import UsageError
 from a1q.looking.sources import Speaker, sample
 from a1q.looking.target import Target
 from a1q.looking.tensors import bytes_by_kind
@@ -35,29 +38,29 @@ def figures(tokens: np.ndarray, first: Speaker, second: Speaker, window: int) ->
     return measure(tokens, second.logits, first.logits, window, max(window // 2, 1))
 
 
-def weight_errors(first: Any, second: Any) -> dict[str, float]:
-    """Module name -> ‖A - B‖² / ‖A‖² of two models' weights, adapters included, float64; of modules of equal shape."""
+def weight_errors(first: Any, second: Any) -> dict[str, float | None]:
+    """Module name -> ‖A - B‖² / ‖A‖² of two models' weights, adapters included, float64; of modules of equal shape.
+
+    None where that is not finite.
+    """
     import torch
 
-    found = {}
+    found: dict[str, float | None] = {}
     others = dict(second.named_modules())
     with torch.no_grad():
         for name, module in first.named_modules():
             mine, theirs = _weight(module), _weight(others.get(name))
             if mine is None or theirs is None or mine.shape != theirs.shape:
                 continue
-            whole = float(mine.square().sum())
-            found[name] = float((mine - theirs).square().sum()) / whole if whole else 0.0
+            found[name] = _share(float((mine - theirs).square().sum()), float(mine.square().sum()))
     return found
 
 
-def layer_errors(first: Any, second: Any, tokens: np.ndarray, length: int) -> list[float]:
+def layer_errors(first: Any, second: Any, tokens: np.ndarray, length: int) -> list[float | None]:
     """E‖h_A - h_B‖² / E‖h_A‖² of the hidden states behind each decoder layer, over sequences of `length` tokens.
 
-    Empty where the models have other layers.
+    None where that is not finite; empty where the models have other layers.
     """
-    import torch
-
     from a1q.models.blocks import BlockStream
 
     config, other = first.config, second.config
@@ -67,7 +70,7 @@ def layer_errors(first: Any, second: Any, tokens: np.ndarray, length: int) -> li
     rows = min(len(tokens), LAYERS) // length
     text = tokens[: rows * length].reshape(rows, length).astype(np.int32)
     streams = [BlockStream(model, text, 4) for model in (first, second)]
-    found = []
+    found: list[float | None] = []
     for index in range(len(streams[0].names)):
         for stream in streams:
             stream.advance(index)
@@ -75,21 +78,40 @@ def layer_errors(first: Any, second: Any, tokens: np.ndarray, length: int) -> li
         for mine, theirs in zip(streams[0].hidden, streams[1].hidden, strict=True):
             wrong += float((mine.double() - theirs.double()).square().sum())
             whole += float(mine.double().square().sum())
-        found.append(wrong / whole if whole else 0.0)
-    assert isinstance(streams[0].hidden[0], torch.Tensor)
+        found.append(_share(wrong, whole))
+    return found
+
+
+def _share(wrong: float, whole: float) -> float | None:
+    found = wrong / whole if whole else 0.0
+    return found if math.isfinite(found) else None
+
+
+def read_prompts(prompts: Sequence[str], folder: Path, context: int) -> dict[str, list[int]]:
+    """Prompt -> its tokens by the tokenizer in `folder`.
+
+    Raises:
+        UsageError: if one has none, or leaves no place in a context of so many tokens.
+    """
+    from a1q.data.sequences import load_tokenizer
+
+    tokenizer, _ = load_tokenizer(folder)
+    found = {prompt: tokenizer.encode(prompt, add_special_tokens=False).ids for prompt in prompts}
+    for prompt, ids in found.items():
+        if not 0 < len(ids) < context:
+            raise UsageError(f"--prompt {prompt[:40]!r} has {len(ids)} tokens; expected 1 to {context - 1}")
     return found
 
 
 def samples(
-    prompts: Sequence[str], folder: Any, speakers: Sequence[Speaker], most: int
+    prompts: Mapping[str, list[int]], folder: Path, speakers: Sequence[Speaker], most: int
 ) -> list[Mapping[str, str | list[str]]]:
-    """What both write behind each prompt, the likeliest token each time."""
+    """What both write behind each prompt of `read_prompts`, the likeliest token each time."""
     from a1q.data.sequences import load_tokenizer
 
     tokenizer, end = load_tokenizer(folder)
     found: list[Mapping[str, str | list[str]]] = []
-    for prompt in prompts:
-        ids = tokenizer.encode(prompt, add_special_tokens=False).ids
+    for prompt, ids in prompts.items():
         written = [tokenizer.decode(sample(speaker, ids, most, [end])) for speaker in speakers]
         found.append({"prompt": prompt, "written": written})
     return found

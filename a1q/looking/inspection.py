@@ -9,8 +9,9 @@ from typing import Any
 
 from a1q.engine.files import tree_size
 from a1q.errors import MismatchError, StageError
+from a1q.looking.dense import dense_numbers
 from a1q.looking.numbers import Numbers, numbers_of, together
-from a1q.looking.target import Target, damaged_files, read_object
+from a1q.looking.target import Target, read_object, require_whole
 from a1q.looking.tensors import bytes_by_kind
 from a1q.models.view import DENSE, ModelView, ModuleView, read_view
 from a1q.quant.bits import bpw, bpw_model, module_bits
@@ -25,9 +26,7 @@ def inspect(target: Target, wanted: Callable[[str], bool] = lambda name: True) -
     Raises:
         MismatchError: if it is damaged; the message names the file.
     """
-    odd = damaged_files(target.folder)
-    if odd:
-        raise MismatchError(f"{target.folder} is damaged: {', '.join(odd)} is not what was published")
+    require_whole(target)
     look = {"model": _model, "package": _package, "teacher": _teacher, "statistics": _statistics}
     facts: dict[str, Any] = {
         "kind": target.kind,
@@ -55,6 +54,7 @@ def _model(folder: Path, wanted: Callable[[str], bool]) -> dict[str, Any]:
             for name, module in quantized_modules(load_model(folder)):
                 if wanted(name):
                     found[name] = numbers_of(module)
+        dense = dense_numbers(folder, view)
     except StageError as error:
         raise MismatchError(str(error)) from None
     rules = []
@@ -72,6 +72,7 @@ def _model(folder: Path, wanted: Callable[[str], bool]) -> dict[str, Any]:
         "bpw": bpw(view),
         "bpw_model": bpw_model(view),
         "bytes_by_kind": bytes_by_kind(folder, view),
+        "dense": {kind: dataclasses.asdict(numbers) for kind, numbers in dense.items()},
         "rules": rules,
         "modules": {
             name: {**_facts(view.modules[name]), "numbers": dataclasses.asdict(numbers)}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
 
 LARGEST, SMALLEST = 65504.0, 2.0**-14
 """Of fp16: the largest number, and the smallest that keeps all its digits."""
+PIECE = 1 << 22
+"""Numbers that are looked at together."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +60,9 @@ class Numbers:
     """All of a module."""
 
     finite: bool
+    """Whether all of Ŵ is, and all of its parts, also those that nothing names."""
     largest: float
-    """The largest |Ŵ|."""
+    """The largest |Ŵ| that is finite."""
     tables: TableUse | None
     """None where its scheme knows no tables."""
     scales: ScaleRange | None
@@ -77,14 +81,9 @@ def numbers_of(module: QuantModule) -> Numbers:
     if form is not None:
         use = table_use(form.indices, form.tables, form.interleaved)
         scales = scale_range(form.rows, form.columns, module.shape)
-    floating = [part.detach().float() for part in parts.values() if part.is_floating_point()]
-    return Numbers(
-        bool(torch.isfinite(weight).all()),
-        float(weight.abs().max()),
-        use,
-        scales,
-        half_of(torch.cat([part.flatten() for part in floating]) if floating else torch.zeros(0)),
-    )
+    largest, finite = largest_of(weight)
+    finite = finite and all(largest_of(part)[1] for part in parts.values() if part.is_floating_point())
+    return Numbers(finite, largest, use, scales, half_of(part.detach() for part in parts.values()))
 
 
 def table_use(indices: Tensor, tables: Tensor, interleaved: bool) -> TableUse:
@@ -101,7 +100,10 @@ def table_use(indices: Tensor, tables: Tensor, interleaved: bool) -> TableUse:
 
 
 def scale_range(rows: Tensor | None, columns: Tensor | None, shape: tuple[int, int]) -> ScaleRange | None:
-    """Of S = rows columns [out, in]; None where there are no scales. A row block at a time, as S is a weight's size."""
+    """Of S = rows columns [out, in], as far as they are finite; None where there are no scales.
+
+    A row block at a time, as S is a weight's size.
+    """
     import torch
 
     if rows is None and columns is None:
@@ -112,23 +114,42 @@ def scale_range(rows: Tensor | None, columns: Tensor | None, shape: tuple[int, i
     least, most, negative = float("inf"), 0.0, 0
     for start in range(0, shape[0], 1024):
         s = rows[start : start + 1024] @ columns
-        least, most = min(least, float(s.abs().min())), max(most, float(s.abs().max()))
-        negative += int((s < 0).sum())
-    return ScaleRange(least, most, negative / (shape[0] * shape[1]))
+        s = s[torch.isfinite(s)]
+        if len(s):
+            least, most = min(least, float(s.abs().min())), max(most, float(s.abs().max()))
+            negative += int((s < 0).sum())
+    return None if least > most else ScaleRange(least, most, negative / (shape[0] * shape[1]))
 
 
-def half_of(values: Tensor) -> Half:
-    """How numbers [n] fit fp16."""
+def largest_of(values: Tensor) -> tuple[float, bool]:
+    """The largest magnitude of those numbers that are finite, 0 if none is, and whether all are."""
     import torch
 
-    size = values.abs()
-    some = values[(size > 0) & (size <= LARGEST) & torch.isfinite(values)].double()
-    error = (some.half().double() - some) / some
-    return Half(
-        int((size > LARGEST).sum()),
-        float(((size > 0) & (size < SMALLEST)).sum()) / max(len(values), 1),
-        float(error.square().mean().sqrt()) if len(some) else 0.0,
-    )
+    largest, every = 0.0, True
+    for piece in values.detach().flatten().split(PIECE):
+        size = piece.float().abs()
+        finite = torch.isfinite(size)
+        every &= bool(finite.all())
+        largest = max(largest, float(size.where(finite, 0).max()))
+    return largest, every
+
+
+def half_of(tensors: Iterable[Tensor]) -> Half:
+    """How the floating numbers of all tensors fit fp16; a piece at a time."""
+    import torch
+
+    count = beyond = small = known = 0
+    squares = 0.0
+    for tensor in tensors:
+        for piece in tensor.flatten().split(PIECE) if tensor.is_floating_point() else ():
+            values = piece.float()
+            size = values.abs()
+            some = values[(size > 0) & (size <= LARGEST) & torch.isfinite(values)]
+            squares += float(((some.half().float() - some) / some).double().square().sum())
+            count, known = count + len(values), known + len(some)
+            beyond += int((size > LARGEST).sum())
+            small += int(((size > 0) & (size < SMALLEST)).sum())
+    return Half(beyond, small / max(count, 1), math.sqrt(squares / known) if known else 0.0)
 
 
 def together(found: Mapping[str, Numbers]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -11,7 +10,7 @@ import numpy as np
 
 from a1q.errors import MismatchError, StageError, UsageError
 from a1q.generation.loading import find_device
-from a1q.looking.target import Target
+from a1q.looking.target import Target, require_predicting, require_whole
 
 if TYPE_CHECKING:
     from a1q.looking.windows import Logits
@@ -35,12 +34,12 @@ def open_speaker(target: Target, device: str, precision: Literal["fp32", "fp16"]
 
     Raises:
         MismatchError: if it can't be loaded.
-        UsageError: if it is neither, or a package is asked to run on another device.
+        MismatchError: if it is damaged.
+        UsageError: if a package is asked to run on another device.
     """
+    require_whole(target)
     if target.kind == "package":
         return _package(target.folder, device, precision)
-    if target.kind != "model":
-        raise UsageError(f"{target.folder} is a {target.kind}, which predicts nothing")
     import torch
 
     from a1q.models.checkpoint import load_model
@@ -78,7 +77,7 @@ def _package(folder: Path, device: str, precision: Literal["fp32", "fp16"]) -> S
 
 
 def text_tokens(source: str, folder: Path, count: int | None) -> np.ndarray:
-    """The first `count` tokens, int64 [n], of a text by the tokenizer in `folder`, documents joined by its end-of-text.
+    """The first `count` tokens, int64 [n], of a text by the tokenizer in `folder`, its end-of-text between documents.
 
     Args:
         source: as a recipe's data entry has it; of built-in text the test side, of anything else all there is.
@@ -103,7 +102,7 @@ def text_tokens(source: str, folder: Path, count: int | None) -> np.ndarray:
         )
     found: list[int] = []
     for text in texts:
-        found += [*tokenizer.encode(text, add_special_tokens=False).ids, end]
+        found += [*([end] if found else []), *tokenizer.encode(text, add_special_tokens=False).ids]
         if count is not None and len(found) >= count:
             break
     if not found:
@@ -115,8 +114,11 @@ def require_same_text(target: Target, other: Target, first: str, second: str) ->
     """Refuse two whose tokenizers disagree.
 
     Raises:
+        UsageError: if one predicts nothing.
         MismatchError: it names tokens that differ.
     """
+    require_predicting(target, first)
+    require_predicting(other, second)
     from a1q.distill.tokenizers import require_same_tokens
 
     try:
@@ -135,6 +137,3 @@ def sample(speaker: Speaker, prompt: list[int], most: int, ends: list[int]) -> l
         if token in ends:
             break
     return tokens[len(prompt) :]
-
-
-Progress = Callable[[int], None]

@@ -50,15 +50,25 @@ def find(name: str) -> Target:
     return Target("package" if is_core_ml(folder) else "model", folder)
 
 
-def require_model(target: Target, name: str, what: str) -> Path:
-    """The folder of a target that has to be a model.
+def require_predicting(target: Target, name: str) -> None:
+    """Refuse what gives no logits; `name` is what the user called it.
 
     Raises:
-        UsageError: if it is something else.
+        UsageError: it says what it is.
     """
-    if target.kind != "model":
-        raise UsageError(f"{what} takes models, and {name} is a {target.kind}")
-    return target.folder
+    if target.kind not in ("model", "package"):
+        raise UsageError(f"{name} is of kind {target.kind}, which predicts nothing; expected a model or a package")
+
+
+def require_whole(target: Target) -> None:
+    """Refuse an artifact whose files are not what was published.
+
+    Raises:
+        MismatchError: it names the files.
+    """
+    odd = damaged_files(target.folder)
+    if odd:
+        raise MismatchError(f"{target.folder} is damaged: {', '.join(odd)} is not what was published")
 
 
 def _other_artifact(run: str, stage: str) -> Path | None:

@@ -25,14 +25,15 @@ def bytes_by_kind(folder: Path, view: ModelView) -> dict[str, int]:
             for name, item in read_safetensors_header(file).items():
                 if name != "__metadata__":
                     first, last = item["data_offsets"]
-                    kind = _kind(name, view)
+                    kind = kind_of(name, view)
                     found[kind] = found.get(kind, 0) + last - first
     except (StageError, ValueError, KeyError) as error:
         raise MismatchError(str(error)) from None
     return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
-def _kind(name: str, view: ModelView) -> str:
+def kind_of(name: str, view: ModelView) -> str:
+    """What the tensor called `name` is, in the words of `bytes_by_kind`."""
     owner, _, part = name.rpartition(".")
     module = view.modules.get(owner)
     if module is not None and module.state != DENSE and part != "bias":

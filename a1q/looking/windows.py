@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from a1q.errors import UsageError
+from a1q.errors import StageError, UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,18 +44,21 @@ def windows(count: int, window: int, stride: int) -> Iterator[Window]:
             return
 
 
-def check_windows(count: int, window: int, stride: int, context: int) -> None:
-    """Refuse what can't be measured.
+def check_windows(tokens: np.ndarray, window: int, stride: int, context: int, vocabulary: int) -> None:
+    """Refuse what can't be measured: a text of tokens [n] by models of a context and a vocabulary.
 
     Raises:
         UsageError: naming the option.
     """
+    count = len(tokens)
     if count < 2:
-        raise UsageError(f"the text has {count} tokens, and it takes two to predict one")
+        raise UsageError(f"the text is too short: it takes two tokens to predict one, and it has {count}")
     if not 2 <= window <= context:
         raise UsageError(f"--window is {window}; it is between 2 and the model's context of {context}")
     if not 1 <= stride < window:
         raise UsageError(f"--stride is {stride}; it is between 1 and --window less one, {window - 1}")
+    if int(tokens.max()) >= vocabulary:
+        raise UsageError(f"the tokenizer has tokens beyond the model's vocabulary, {int(tokens.max())} of {vocabulary}")
 
 
 def measure(
@@ -76,11 +79,15 @@ def measure(
     Returns:
         `loss` in nats per token, `ppl` its exponential, `tokens` predicted; with a reference also `reference_loss`,
         `reference_ppl`, `kl` of model from reference (nats per token, over the same positions), and `top1`, the share
-        of positions where both find the same token likeliest.
+        of positions where both find the same token likeliest. Where one has more logits than the other (vocabularies
+        are filled up to round numbers), these two are over the tokens that both have.
+
+    Raises:
+        StageError: if a logit is not finite.
     """
     import torch
 
-    from a1q.distill.divergence import kl
+    from a1q.distill.divergence import precise_kl
 
     sums = dict.fromkeys(("loss", "reference_loss", "kl", "top1"), 0.0)
     count = 0
@@ -88,12 +95,17 @@ def measure(
         ids = tokens[item.start : item.stop]
         places = slice(item.first - item.start - 1, len(ids) - 1)
         targets = torch.from_numpy(ids[item.first - item.start :].astype(np.int64))
-        said = _log_probabilities(model(ids), places)
+        mine = _logits(model(ids), places, "the model", item)
+        said = torch.log_softmax(mine, dim=-1)
         sums["loss"] -= float(said.gather(-1, targets[:, None]).double().sum())
         if reference is not None:
-            known = _log_probabilities(reference(ids), places)
+            theirs = _logits(reference(ids), places, "the reference", item)
+            known = torch.log_softmax(theirs, dim=-1)
             sums["reference_loss"] -= float(known.gather(-1, targets[:, None]).double().sum())
-            sums["kl"] += float(kl(known, said).double().sum())
+            shared = min(mine.shape[-1], theirs.shape[-1])
+            if mine.shape != theirs.shape:
+                said, known = (torch.log_softmax(logits[:, :shared], dim=-1) for logits in (mine, theirs))
+            sums["kl"] += float(precise_kl(known, said).double().sum())
             sums["top1"] += int((known.argmax(-1) == said.argmax(-1)).sum())
         count += len(targets)
         progress(count)
@@ -104,8 +116,13 @@ def measure(
     return {**found, "tokens": count}
 
 
-def _log_probabilities(logits: Any, places: slice) -> Tensor:
+def _logits(given: Any, places: slice, whose: str, window: Window) -> Tensor:
     import torch
 
-    found = torch.from_numpy(logits) if isinstance(logits, np.ndarray) else logits.detach().cpu()
-    return torch.log_softmax(found[places].float(), dim=-1)
+    whole = torch.from_numpy(given) if isinstance(given, np.ndarray) else given.detach().cpu()
+    found = whole[places].float()
+    finite = torch.isfinite(found).all(dim=-1)
+    if not finite.all():
+        token = window.first + int((~finite).nonzero()[0])
+        raise StageError(f"{whose}'s logits for token {token} are not finite; `a1q inspect` looks for the cause")
+    return found

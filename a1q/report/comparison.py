@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Mapping
 from typing import Any
@@ -38,20 +39,21 @@ def text_of(found: Mapping[str, Any], names: tuple[str, str], width: int) -> str
     ]
     if found["layers"]:
         lines += ["", "relative squared error of what decoder layers answer"]
-        lines += [f"  {number:3}  {value:.2e}  {_bar(value)}" for number, value in enumerate(found["layers"])]
+        lines += [f"  {number:3}  {_error(value)}".rstrip() for number, value in enumerate(found["layers"])]
     if found["modules"]:
-        worst = sorted(found["modules"].items(), key=lambda item: -item[1])
-        shown = [(name, value) for name, value in worst if value][:10]
+        worst = sorted(found["modules"].items(), key=lambda item: -math.inf if item[1] is None else -item[1])
+        shown = [(name, value) for name, value in worst if value != 0][:10]
         title = f"relative squared error of weights, the largest of {len(worst)} modules"
         lines += ["", title if shown else "weights: equal"]
-        lines += [f"  {figure(value):>9}  {name}" for name, value in shown]
+        lines += [f"  {figure(value):>10}  {name}" for name, value in shown]
     for item in found["samples"]:
         lines += ["", f"» {item['prompt']}", *_beside(item["written"], width)]
     return "\n".join(lines)
 
 
-def _bar(value: float) -> str:
-    return "█" * min(round(40 * value**0.5), 60)
+def _error(value: float | None) -> str:
+    """A number and a bar, as long as its root."""
+    return figure(None) if value is None else f"{value:.2e}  {'█' * min(round(40 * value**0.5), 60)}"
 
 
 def _beside(texts: list[str], width: int) -> list[str]:

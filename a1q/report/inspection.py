@@ -55,6 +55,14 @@ def _model(found: Mapping[str, Any]) -> list[str]:
             right=(0, 1),
         ),
     ]
+    if found["dense"]:
+        lines += ["", "fp16 of what no scheme stores"]
+    wide = max(map(len, found["dense"]), default=0)
+    for kind, dense in found["dense"].items():
+        half = dense["half"]
+        lines.append(f"  {kind:{wide}}  {_fits(half['beyond'], half['subnormal'], half['rounding'], dense['largest'])}")
+        if dense["not_finite"]:
+            lines.append(f"  NOT FINITE: {', '.join(summarize(dense['not_finite']))}")
     for rule in found["rules"]:
         names = summarize(rule["modules"], IN_A_LINE)
         count = len(rule["modules"])
@@ -80,13 +88,19 @@ def _numbers(numbers: Mapping[str, Any]) -> list[str]:
             f"  scales  {figure(numbers['scale_least'])} to {figure(numbers['scale_most'])}, "
             f"{numbers['scale_negative']:.1%} negative"
         )
-    lines.append(
-        f"  fp16    {numbers['fp16_beyond']:,} numbers beyond 65504, {numbers['fp16_subnormal']:.1%} below 2^-14, "
-        f"rounding {numbers['fp16_rounding']:.1e}; largest weight {figure(numbers['largest'])}"
-    )
+    fits = _fits(numbers["fp16_beyond"], numbers["fp16_subnormal"], numbers["fp16_rounding"], numbers["largest"])
+    lines.append(f"  fp16    {fits}")
     if numbers["not_finite"]:
         lines.append(f"  NOT FINITE: {', '.join(summarize(numbers['not_finite']))}")
     return lines
+
+
+def _fits(beyond: int, subnormal: float, rounding: float, largest: float) -> str:
+    """How numbers fit fp16."""
+    return (
+        f"{beyond:,} numbers beyond 65504, {subnormal:.1%} below 2^-14, rounding {rounding:.1e}; "
+        f"largest weight {figure(largest)}"
+    )
 
 
 def _scheme(facts: Mapping[str, Any]) -> str:

@@ -7,6 +7,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from tests.cli.support import a1q
 from tests.cli.test_validate import HEAVY, loaded_by
@@ -37,6 +39,44 @@ def test_a_model(looked: Path) -> None:
     text = a1q("inspect", "looked").output
     for part in ("lut_lowrank 2 bit rank 1, snapped", "model.layers.{0..1}.mlp.down_proj", "entries never used"):
         assert part in text
+
+
+def test_dense_tensors_and_fp16(tmp_path: Path) -> None:
+    folder = shutil.copytree("tiny", tmp_path / "odd")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][0] = 70000.0
+    tensors["model.layers.1.self_attn.q_proj.weight"][1, 1] = float("nan")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    found = facts(str(folder))["dense"]
+    assert {kind: item["tensors"] for kind, item in found.items()} == {
+        "embeddings": 1,
+        "dense linears": 14,
+        "norms and biases": len(tensors) - 15,
+    }
+    assert found["norms and biases"]["half"]["beyond"] == 1 and found["norms and biases"]["largest"] == 70000.0
+    assert found["dense linears"]["not_finite"] == ["model.layers.1.self_attn.q_proj.weight"]
+    weight = tensors["model.embed_tokens.weight"].double()
+    weight = weight[weight != 0]
+    wanted = ((weight.half().double() - weight) / weight).square().mean().sqrt()
+    assert found["embeddings"]["half"]["rounding"] == pytest.approx(float(wanted), rel=1e-4)
+    text = a1q("inspect", folder).output
+    assert "1 numbers beyond 65504" in text and "NOT FINITE: model.layers.1.self_attn.q_proj.weight" in text
+    assert set(facts("looked")["dense"]) == {"embeddings", "norms and biases"}
+
+
+def test_a_quantized_module_that_is_not_finite(looked: Path, tmp_path: Path) -> None:
+    report = json.loads((looked / "runs" / "looked" / "report.json").read_text())
+    artifact = next(item["artifact"] for item in report["stages"] if item["id"] == "fitted")
+    folder = shutil.copytree(artifact, tmp_path / "odd")
+    (folder / "artifact.json").unlink()
+    with safe_open(folder / "model.safetensors", framework="pt") as handle:
+        tensors, facts_inside = {name: handle.get_tensor(name) for name in handle.keys()}, handle.metadata()  # noqa: SIM118
+    tensors["model.layers.0.self_attn.q_proj.lut"].view(-1)[0] = float("inf")
+    tensors["model.layers.1.mlp.up_proj.a"].view(-1)[0] = float("nan")
+    save_file(tensors, folder / "model.safetensors", metadata=facts_inside)
+    odd = [name for rule in facts(str(folder))["rules"] if rule["numbers"] for name in rule["numbers"]["not_finite"]]
+    assert sorted(odd) == ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"]
+    assert "NOT FINITE: model.layers.1.mlp.up_proj" in a1q("inspect", folder).output
 
 
 def test_single_modules() -> None:

@@ -59,7 +59,7 @@ def test_charts_hold_what_the_run_wrote(looked: Path) -> None:
     [
         (("lookd",), 2, "lookd is no run folder"),
         (("looked", "--stage", "traind"), 2, "did you mean trained?"),
-        (("looked", "--stage", "hf"), 3, "nothing to draw"),
+        (("looked", "--stage", "hf"), 3, "nothing to draw: the stages chosen, hf, neither trained nor quantized"),
         (("looked", "--format", "pdf"), 2, "pdf"),
     ],
 )
@@ -67,6 +67,31 @@ def test_refusals(arguments: tuple[str, ...], code: int, words: str, tmp_path: P
     result = a1q("plot", *arguments, "-o", tmp_path / "plots")
     assert result.exit_code == code and words in result.output
     assert not (tmp_path / "plots").exists()
+
+
+def test_a_stage_that_quantized(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    assert a1q("plot", "looked", "--stage", "fitted", "-o", tmp_path / "plots").exit_code == 0
+    assert sorted(path.name for path in (tmp_path / "plots").iterdir()) == ["error-by-layer.png", "error-by-layer.svg"]
+
+
+def test_a_run_without_curves(looked: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    report = json.loads((looked / "runs" / "looked" / "report.json").read_text())
+    report["stages"] = [item for item in report["stages"] if item["id"] == "teacher"]
+    (run / "report.json").write_text(json.dumps(report))
+    result = a1q("plot", run)
+    assert result.exit_code == 3 and "nothing to draw: no stage of it trained or quantized" in result.output
+    assert [path.name for path in run.iterdir()] == ["report.json"]
+
+
+def test_places_that_are_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for place in (tmp_path / "file", tmp_path / "file" / "below"):
+        result = a1q("plot", "looked", "-o", place)
+        assert result.exit_code == 2 and "file" in result.output and "Traceback" not in result.output
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
 
 import numpy as np
@@ -11,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from a1q.looking import numbers
 from a1q.looking.numbers import half_of, numbers_of, scale_range, table_use
 from a1q.looking.windows import windows
 from a1q.quant.linear import QuantLinear
@@ -53,11 +56,11 @@ def test_ranges_are_those_of_the_whole_scale() -> None:
 
 
 def test_numbers_that_fp16_can_and_cannot_hold() -> None:
-    found = half_of(torch.tensor([1.0, 70000.0, 1e-6, 0.0, 1 + 2**-12]))
+    found = half_of([torch.tensor([1.0, 70000.0, 1e-6]), torch.tensor([[0.0, 1 + 2**-12]]), torch.tensor([3])])
     assert found.beyond == 1 and found.subnormal == pytest.approx(0.2)
-    exact = half_of(torch.tensor([1.0, 0.5, 0.0]))
+    exact = half_of([torch.tensor([1.0, 0.5, 0.0])])
     assert (exact.beyond, exact.subnormal, exact.rounding) == (0, 0.0, 0.0)
-    assert half_of(torch.zeros(0)).rounding == 0.0
+    assert half_of([torch.zeros(0)]) == half_of([])
     assert found.rounding == pytest.approx(
         float(np.sqrt(np.mean([0.0, (np.float16(1e-6) / np.float32(1e-6) - 1) ** 2, (2**-12 / (1 + 2**-12)) ** 2]))),
         rel=1e-3,
@@ -81,7 +84,18 @@ def test_a_weight_that_is_not_finite_is_seen() -> None:
     module = QuantLinear.quantize(nn.Linear(16, 8, bias=False), {"scheme": "lut", "bits": 2}, keep_latent=False)
     with torch.no_grad():
         module.lut[0, 0] = float("inf")
-    assert not numbers_of(module).finite
+    found = numbers_of(module)
+    assert not found.finite and math.isfinite(found.largest)
+    json.dumps(dataclasses.asdict(found), allow_nan=False)
+
+
+@given(st.lists(st.floats(width=32), min_size=1, max_size=9), st.integers(1, 4))
+def test_the_largest_is_that_of_what_is_finite(values: list[float], piece: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(numbers, "PIECE", piece)
+        found = numbers.largest_of(torch.tensor(values))
+    finite = [abs(value) for value in values if math.isfinite(value)]
+    assert found == (max(finite, default=0.0), len(finite) == len(values))
 
 
 @given(st.integers(2, 200), st.integers(2, 40), st.data())
