@@ -46,6 +46,8 @@ def text_of(found: Mapping[str, Any], names: tuple[str, str], width: int) -> str
         title = f"relative squared error of weights, the largest of {len(worst)} modules"
         lines += ["", title if shown else "weights: equal"]
         lines += [f"  {figure(value):>10}  {name}" for name, value in shown]
+    if found["samples"]:
+        lines += ["", *_beside(list(names), width)]
     for item in found["samples"]:
         lines += ["", f"» {item['prompt']}", *_beside(item["written"], width)]
     return "\n".join(lines)

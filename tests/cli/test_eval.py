@@ -229,6 +229,8 @@ def test_side_by_side_for_people() -> None:
     text = a1q("compare", "looked:fitted", "looked", *options).output
     for part in ("perplexity", "KL 0.", "relative squared error of weights", "» Return a list", " │ "):
         assert part in text
+    head, prompt = text.splitlines().index(f"{'looked:fitted':48} │ looked"), text.splitlines().index("» Return a list")
+    assert head < prompt
     packaged = a1q("compare", "looked", "looked:ane", "--data", "text.jsonl", "--tokens", 12, "--max-tokens", 2).output
     assert "KL" in packaged and "weights" not in packaged
 
