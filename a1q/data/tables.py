@@ -55,6 +55,15 @@ def is_local(source: str | None) -> bool:
     return source is not None and not source.startswith("builtin:") and Path(source).expanduser().exists()
 
 
+def is_hub_id(source: str) -> bool:
+    """Whether `source` means a data set of the Hub.
+
+    Raises:
+        MismatchError: as `local_path`.
+    """
+    return source not in builtin.NAMES and local_path(source) is None
+
+
 def local_digest(path: Path) -> str:
     """Digest of what is read at `path`."""
     files = _files(path)

@@ -98,10 +98,16 @@ class _Planner:
         """The entry with its identity, as far as that is known without reading much; its first row is looked at."""
         from a1q.data import identify
         from a1q.data.records import look
+        from a1q.data.tables import is_hub_id
 
         try:
             entry = DataEntry(name, config, identify(config))
             self.kinds[name] = look(config)
+            if config["source"] is not None and not is_hub_id(config["source"]):
+                for key in ("revision", "split"):
+                    if config[key] is not None:
+                        message = f"`{key}` is for data sets of the Hub, and {config['source']} is none"
+                        self.wrong.append(self.recipe.problem(("data", name, key), message, f"leave `{key}` out"))
             return entry
         except A1QError as error:
             if config.get("mix") is None:  # else the part itself has said so

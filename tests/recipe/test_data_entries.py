@@ -68,3 +68,17 @@ def test_a_plan_holds_a_mix_with_its_parts_in_order(tmp_path):
         ("chats", 1.0, "builtin:qa"),
     ]
     assert config["seq_len"] == 64 and config["parts"][1]["entry"]["thinking"] == "off"
+
+
+@pytest.mark.parametrize(("key", "place"), [("revision", (5, 44)), ("split", (5, 41))])
+def test_options_of_the_hub_are_refused_for_what_lies_here(tmp_path, key, place):
+    text = BASE.replace("{source: builtin:prose}", f"{{source: builtin:prose, {key}: main}}")
+    with pytest.raises(RecipeError) as error:
+        make_plan(load(tmp_path, text), fake_registry())
+    (problem,) = error.value.problems
+    assert f"`{key}` is for data sets of the Hub, and builtin:prose is none" in problem.message
+    assert (problem.path, problem.line, problem.column) == (f"data.prose.{key}", *place)
+    lines = tmp_path / "rows.jsonl"
+    lines.write_text('{"text": "one"}\n')
+    with pytest.raises(RecipeError, match="is for data sets of the Hub"):
+        make_plan(load(tmp_path, BASE.replace("builtin:prose", f"{lines}, {key}: main")), fake_registry())
