@@ -20,6 +20,7 @@ from a1q.cli.writing import (
     writing_options,
 )
 from a1q.errors import UsageError
+from a1q.generation.text import harmless
 
 QUOTES = '"""'
 HISTORY = 1000
@@ -78,60 +79,84 @@ def command(
     colours = sys.stderr.isatty()
 
     def tell(line: str) -> None:
-        click.echo(click.style(line, dim=True) if colours else line, err=True)
+        click.echo(click.style(harmless(line), dim=True) if colours else line, err=True)
 
     screen = Screen(shower(hide_thinking), tell)
     sampling = Sampling(temperature, top_k, top_p, repetition_penalty)
-    session = Session(voice, screen, conversation, sampling, thinking_switch(thinking), max_tokens, seed)
+    session = Session(voice, screen, conversation, sampling, thinking_switch(thinking), max_tokens, seed, typed)
     if typed:
         held = f", {voice.weights}" if voice.weights else ""
         room = f"{voice.writer.context} tokens of context"
         screen.tell(f"{room}, on {voice.writer.device}{held}; /help lists what you can type")
+    if doubt := voice.doubt(session.chat):
+        screen.tell(doubt)
     with _history() if typed else contextlib.nullcontext():
-        for line in _typed() if typed else _piped():
-            if not session.take(line):
+        for line, quoted in _typed() if typed else _piped():
+            if not session.take(line, quoted):
                 break
 
 
-def _typed() -> Iterator[str]:
+def _typed() -> Iterator[tuple[str, bool]]:
     """What is typed, several lines joined; Ctrl-C at the prompt drops what stands there."""
     while True:
         try:
-            yield _joined(lambda first: input("> " if first else "… "))
+            yield _joined(lambda first: _asked("> " if first else "… "))
         except KeyboardInterrupt:
             click.echo(err=True)
         except EOFError:
             click.echo(err=True)
             return
-        except UnicodeDecodeError as error:
+        except UnicodeError as error:
             click.echo(f"that is not UTF-8: {error}", err=True)
 
 
-def _joined(read: Callable[[bool], str]) -> str:
-    """A line and those that belong to it: behind a backslash at its end, or up to closing quotes."""
+def _asked(prompt: str) -> str:
+    """A line that is typed; the prompt goes where what isn't an answer goes.
+
+    Raises:
+        UnicodeError: if it isn't UTF-8.
+    """
+    if sys.stdout.isatty():
+        line = input(prompt)
+    else:
+        click.echo(prompt, nl=False, err=True)
+        line = input()
+    line.encode()  # where there is no locale, Python lets broken text through
+    return line
+
+
+def _joined(read: Callable[[bool], str]) -> tuple[str, bool]:
+    """A line and those that belong to it: behind a backslash at its end, or up to closing quotes; whether quoted."""
     line = read(True)
     if line.strip().startswith(QUOTES):
         text = line.strip()[len(QUOTES) :]
         while not text.rstrip().endswith(QUOTES):
             text += "\n" + read(False)
-        return text.rstrip().removesuffix(QUOTES).strip("\n")
+        return text.rstrip().removesuffix(QUOTES).strip("\n"), True
     while line.endswith("\\"):
         line = line[:-1] + "\n" + read(False)
-    return line
+    return line, False
 
 
-def _piped() -> Iterator[str]:
+def _piped() -> Iterator[tuple[str, bool]]:
     """The lines of standard input.
 
     Raises:
-        UsageError: if one is not UTF-8.
+        UsageError: if one is not UTF-8, or the last doesn't end.
     """
+    begun = False
 
     def read(first: bool) -> str:
+        nonlocal begun
         line = sys.stdin.buffer.readline()  # Python would let broken text through where there is no locale
         if not line:
-            raise EOFError
-        return line.decode("utf-8").removesuffix("\n")
+            if first:
+                raise EOFError
+            raise UsageError(f"standard input ends where a line should follow: behind a \\, or before closing {QUOTES}")
+        text = line.decode("utf-8").removesuffix("\n").removesuffix("\r")
+        if not begun:
+            begun, text = True, text.removeprefix("\ufeff")
+        return text
 
     while True:
         try:

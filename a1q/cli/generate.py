@@ -68,23 +68,26 @@ def command(
         from a1q.generation.conversation import Conversation
         from a1q.generation.loading import open_voice
         from a1q.generation.sampling import Sampler, Sampling
-        from a1q.generation.text import Thoughts, begins_inside
+        from a1q.generation.text import Thoughts, begins_inside, said
 
         _refuse_without_chat(as_chat, system, thinking)
         text = _read_prompt(prompt)
         voice = open_voice(model, base, device, precision, dense)
+        ends, doubt, inside = voice.ends, "", False
         if as_chat:
             conversation = Conversation(system)
             conversation.ask(text)
             chat = voice.chat(thinking_switch(thinking))
+            ends, doubt = voice.ends_of(chat), voice.doubt(chat)
             whole, tokens, _ = conversation.prompt(voice, chat, room=1)
+            inside = begins_inside(whole)
         else:
-            whole, tokens = text, voice.tokens(text)
+            tokens = voice.tokens(text)
         context = voice.writer.context
         if len(tokens) >= context:
             message = f"the prompt has {len(tokens)} tokens, and the context of {context} must hold an answer too"
             raise UsageError(message)
-        show, thoughts = shower(hide_thinking), Thoughts(as_chat and begins_inside(whole))
+        show, thoughts = shower(hide_thinking), Thoughts(inside)
 
         def write(piece: str) -> None:
             for thought, part in thoughts(piece) if as_chat else ((False, piece),):
@@ -92,14 +95,15 @@ def command(
                     show(part, thought)
 
         sampler = Sampler(Sampling(temperature, top_k, top_p, repetition_penalty), seed)
-        found = answer(voice, tokens, max_tokens, sampler, write)
+        found = answer(voice, tokens, max_tokens, sampler, ends, write)
         for thought, part in thoughts.end():
             if not as_json:
                 show(part, thought)
     facts: dict[str, Any] = {
-        "text": found.text,
+        "text": said(found.text, inside) if as_chat and hide_thinking else found.text,
         "prompt_tokens": found.prompt_tokens,
         "prompt_seconds": found.prompt_seconds,
+        "prompt_tokens_per_second": found.prompt_tokens_per_second,
         "tokens": len(found.tokens),
         "seconds": found.seconds,
         "tokens_per_second": found.tokens_per_second,
@@ -112,6 +116,8 @@ def command(
         click.echo()
         held = f", {voice.weights}" if voice.weights else ""
         click.echo(f"{found.figures}; on {voice.writer.device}{held}", err=True)
+        if doubt:
+            click.echo(doubt, err=True)
 
 
 def _refuse_without_chat(as_chat: bool, system: str, thinking: str | None) -> None:
@@ -127,7 +133,7 @@ def _read_prompt(prompt: str) -> str:
         if sys.stdin.isatty():
             click.echo("the prompt, ended with Ctrl-D:", err=True)
         try:
-            text = sys.stdin.read().removesuffix("\n")
+            text = sys.stdin.read().removeprefix("\ufeff").removesuffix("\n")
             text.encode()  # where there is no locale, Python lets broken text through
         except UnicodeError as error:
             raise UsageError(f"the prompt on standard input is not UTF-8: {error}") from None

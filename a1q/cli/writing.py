@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 import click
 
 from a1q.cli.common import Number
+from a1q.generation.ranges import RANGES
+from a1q.generation.text import harmless
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -17,48 +19,12 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 def writing_options(max_tokens: int) -> Callable[[Function], Function]:
     """Add the options that say what computes and how tokens are drawn; `max_tokens` is the default of one."""
     options = (
-        click.option(
-            "--max-tokens",
-            type=click.IntRange(min=1),
-            default=max_tokens,
-            show_default=True,
-            help="Most tokens to write.",
-        ),
-        click.option(
-            "--temperature",
-            type=Number(min=0),
-            default=0.7,
-            show_default=True,
-            help="0 takes the likeliest token.",
-        ),
-        click.option(
-            "--top-p",
-            type=Number(min=0, max=1, min_open=True),
-            default=0.95,
-            show_default=True,
-            help="Draw from the likeliest tokens that together have this probability.",
-        ),
-        click.option(
-            "--top-k",
-            type=click.IntRange(min=0),
-            default=0,
-            show_default=True,
-            help="Draw from so many of the likeliest tokens; 0: from all.",
-        ),
-        click.option(
-            "--repetition-penalty",
-            type=Number(min=0, min_open=True),
-            default=1.0,
-            show_default=True,
-            help="Above 1, tokens that the text has already become less likely.",
-        ),
-        click.option(
-            "--seed",
-            type=click.IntRange(min=0, max=2**63 - 1),
-            default=0,
-            show_default=True,
-            help="Same seed, same text.",
-        ),
+        _setting("max_tokens", max_tokens, "Most tokens to write."),
+        _setting("temperature", 0.7, "0 takes the likeliest token."),
+        _setting("top_p", 0.95, "Draw from the likeliest tokens that together have this probability."),
+        _setting("top_k", 0, "Draw from so many of the likeliest tokens; 0: from all."),
+        _setting("repetition_penalty", 1.0, "Above 1, tokens that the text has already become less likely."),
+        _setting("seed", 0, "Same seed, same text."),
         click.option("--base", metavar="MODEL", help="The model that an adapter belongs to, if it doesn't say so."),
         click.option("--device", type=click.Choice(DEVICES), default="auto", show_default=True, help="For models."),
         click.option(
@@ -83,6 +49,12 @@ def writing_options(max_tokens: int) -> Callable[[Function], Function]:
     return add
 
 
+def _setting(name: str, default: float, text: str) -> Callable[[Function], Function]:
+    kind, low, high = RANGES[name]
+    within = click.IntRange(int(low), int(high)) if kind is int else Number(low, high)
+    return click.option(f"--{name.replace('_', '-')}", type=within, default=default, show_default=True, help=text)
+
+
 thinking_option = click.option(
     "--thinking",
     type=click.Choice(("on", "off")),
@@ -98,13 +70,15 @@ def thinking_switch(value: str | None) -> bool | None:
 
 
 def shower(hide: bool) -> Callable[[str, bool], None]:
-    """A function that writes text of an answer to standard output, thoughts dimmed on a terminal or left out."""
-    colours = sys.stdout.isatty()
+    """A function that writes text of an answer to standard output, thoughts left out or, on a terminal, dimmed."""
+    terminal = sys.stdout.isatty()
 
     def show(text: str, thought: bool) -> None:
         if thought and hide:
             return
-        click.echo(click.style(text, dim=True) if thought and colours else text, nl=False)
+        if terminal:
+            text = click.style(harmless(text), dim=True) if thought else harmless(text)
+        click.echo(text, nl=False)
         sys.stdout.flush()
 
     return show

@@ -167,6 +167,16 @@ class Chat:
         return render if same else None
 
     @functools.cached_property
+    def end(self) -> int | None:
+        """The special token that the template writes right behind an answer; None if it writes none there."""
+        try:
+            tail = self._tail.lstrip()
+        except StageError:
+            return None
+        found = [token for token in self._special if tail.startswith(token)]
+        return self._tokenizer.token_to_id(max(found, key=len)) if found else None
+
+    @functools.cached_property
     def _tail(self) -> str:
         """What the template writes behind the last answer."""
         content = "Zubra"

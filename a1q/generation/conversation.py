@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from a1q.engine.files import write_atomic
 from a1q.errors import UsageError
-from a1q.generation.text import CLOSED
+from a1q.generation.text import said
 
 if TYPE_CHECKING:
     from a1q.data.chat import Chat
@@ -34,10 +34,13 @@ class Conversation:
         """Add what the user says."""
         self.turns.append({"role": "user", "content": text})
 
-    def answered(self, text: str) -> None:
-        """Add what the assistant said, less its thought, which no later prompt repeats."""
-        _, thought, said = text.rpartition(CLOSED)
-        self.turns.append({"role": "assistant", "content": said.lstrip("\n") if thought else said})
+    def answered(self, text: str, inside: bool = False) -> None:
+        """Add what the assistant said, less its thought, which no later prompt repeats.
+
+        Args:
+            inside: the text begins within a thought.
+        """
+        self.turns.append({"role": "assistant", "content": said(text, inside)})
 
     def undo(self) -> str:
         """Take the last question and its answer back; the question, or nothing where there is none."""
@@ -71,7 +74,17 @@ class Conversation:
             forgotten += later
 
     def save(self, path: Path) -> None:
-        """Write it as JSON, whole or not at all."""
+        """Write it as JSON, whole or not at all, and over nothing but another conversation.
+
+        Raises:
+            UsageError: if something else is there.
+            OSError: if it can't be written.
+        """
+        if path.is_file():
+            try:
+                load_conversation(path)
+            except UsageError as error:
+                raise UsageError(f"{error}; it stays as it is") from None
         write_atomic(path, json.dumps({"messages": self.messages}, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -83,14 +96,21 @@ def load_conversation(path: Path) -> Conversation:
     """
     try:
         messages = json.loads(path.read_text(encoding="utf-8"))["messages"]
-        found = [{"role": str(item["role"]), "content": str(item["content"])} for item in messages]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        found = [{"role": str(item["role"]), "content": _text(item["content"])} for item in messages]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UsageError(f"{path} is no conversation: {_reason(error)}") from None
     odd = next((item["role"] for item in found if item["role"] not in ROLES), None)
     if odd is not None:
         raise UsageError(f"{path} is no conversation: nobody is called {odd!r}; there are {', '.join(ROLES)}")
     system = found.pop(0)["content"] if found and found[0]["role"] == "system" else ""
     return Conversation(system, found)
+
+
+def _text(content: Any) -> str:
+    if not isinstance(content, str):
+        raise ValueError(f"what is said must be text, not {json.dumps(content, ensure_ascii=False)[:40]}")
+    content.encode()  # JSON can hold halves of characters, `\\ud800`
+    return content
 
 
 def _reason(error: Exception) -> str:

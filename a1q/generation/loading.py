@@ -74,6 +74,17 @@ class Voice:
             raise MismatchError([Problem(f"the tokenizer in {self.folder} has no chat template", hint=hint)])
         return Chat(self.folder, load_tokenizer(self.folder)[0], thinking)
 
+    def ends_of(self, chat: Chat) -> list[int]:
+        """Tokens that end an answer: those that end a text, and what its template ends answers with."""
+        return self.ends if chat.end is None or chat.end in self.ends else [*self.ends, chat.end]
+
+    def doubt(self, chat: Chat) -> str:
+        """A line for people where the model's own settings know nothing of the template; empty where they do."""
+        if chat.end is None or chat.end in self.ends:
+            return ""
+        end = self.tokenizer.convert_ids_to_tokens(chat.end)
+        return f"{end} ends answers by the chat template and no text by the model's settings: was it trained to chat?"
+
 
 def open_voice(
     name: str,

@@ -53,8 +53,8 @@ class Sampler:
 
 def candidates(logits: Any, sampling: Sampling) -> tuple[Any, Any]:
     """The tokens [k] that may be drawn, likeliest first, and their probabilities, of logits float64 [vocabulary]."""
-    scaled = logits / sampling.temperature
-    odds = np.exp(scaled - scaled.max())
+    with np.errstate(over="ignore"):  # divided by next to nothing, all but the likeliest are at minus infinity
+        odds = np.exp((logits - logits.max()) / sampling.temperature)
     count = min(sampling.top_k or len(odds), len(odds))
     if sampling.top_p == 1 and count == len(odds):
         return np.arange(len(odds)), odds / odds.sum()

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from a1q.errors import A1QError, UsageError
-from a1q.generation.answer import Answer, answer
+from a1q.generation.answer import CTRL_C, Answer, answer
 from a1q.generation.conversation import Conversation, load_conversation
 from a1q.generation.loading import Voice
+from a1q.generation.ranges import RANGES, shown
 from a1q.generation.sampling import Sampler, Sampling
-from a1q.generation.text import Thoughts, begins_inside
+from a1q.generation.text import Thoughts, begins_inside, said
 
 ROOM = 64
 """Tokens that a prompt leaves for an answer, or as many as an answer may have."""
@@ -35,6 +36,7 @@ class Session:
     Args:
         thinking: what the chat template is told about thinking.
         seed: of the first answer; every answer draws from one of its own.
+        interruptible: Ctrl-C ends an answer instead of the program.
     """
 
     def __init__(
@@ -46,41 +48,51 @@ class Session:
         thinking: bool | None = None,
         most: int = 512,
         seed: int = 0,
+        interruptible: bool = True,
     ):
         self.voice, self.screen, self.conversation = voice, screen, conversation
         self.sampling, self.thinking, self.most, self.seed = sampling, thinking, most, seed
         self.chat = voice.chat(thinking)
+        self.interruptible = interruptible
         self.last: Answer | None = None
         self.count = 0
 
-    def take(self, line: str) -> bool:
+    def take(self, line: str, quoted: bool = False) -> bool:
         """Answer a line or do as it says; False for `/quit`.
 
-        A command that can't be done, and a question that doesn't fit, are told and change nothing.
+        A command that can't be done, and a question that can't be answered, are told and change nothing.
+
+        Args:
+            quoted: it is a question also where it begins as a command does.
         """
+        talk, before = self.conversation, list(self.conversation.turns)
         try:
-            if line.startswith("/"):
-                name, _, rest = line[1:].partition(" ")
-                if name == "quit":
+            if line.startswith("/") and not quoted:
+                name, _, rest = line[1:].strip().partition(" ")
+                if name in LEAVING:
                     return False
                 self._command(name, rest.strip())
             elif line.strip():
                 self.conversation.ask(line)
                 self._answer()
         except A1QError as error:
+            talk.turns = before
             self.screen.tell(str(error))
+        except KeyboardInterrupt:  # before an answer began, or behind it
+            if talk.turns and talk.turns[-1]["role"] == "user":
+                talk.turns = before
+            if not self.interruptible:
+                raise
+            self.screen.tell(f"stopped at {CTRL_C}")
         return True
 
     def _answer(self) -> None:
         room = min(ROOM, self.most)
-        try:
-            text, prompt, forgotten = self.conversation.prompt(self.voice, self.chat, room)
-        except A1QError:
-            self.conversation.undo()
-            raise
+        text, prompt, forgotten = self.conversation.prompt(self.voice, self.chat, room)
         if forgotten:
             self.screen.tell(f"the context is full: the first {forgotten} messages are forgotten")
-        thoughts = Thoughts(begins_inside(text))
+        inside = begins_inside(text)
+        thoughts = Thoughts(inside)
 
         def show(piece: str) -> None:
             for thought, part in thoughts(piece):
@@ -88,11 +100,15 @@ class Session:
 
         sampler = Sampler(self.sampling, self.seed + self.count)
         self.count += 1
-        found = answer(self.voice, prompt, self.most, sampler, show, interruptible=True)
+        ends = self.voice.ends_of(self.chat)
+        found = answer(self.voice, prompt, self.most, sampler, ends, show, self.interruptible)
         for thought, part in thoughts.end():
             self.screen.show(part, thought)
-        self.screen.show("\n", False)
-        self.conversation.answered(found.text)
+        if found.text:
+            self.screen.show("\n", False)
+        if found.stopped_at == CTRL_C and not said(found.text, inside).strip():
+            raise UsageError(f"stopped at {CTRL_C} before there was an answer; the question is taken back")
+        self.conversation.answered(found.text, inside)
         self.last = found
         self.screen.tell(found.figures)
 
@@ -128,7 +144,7 @@ class Session:
     def _do_set(self, rest: str) -> None:
         if not rest:
             values = {**vars(self.sampling), "max_tokens": self.most, "seed": self.seed}
-            self.screen.tell("  ".join(f"{name} {value:g}" for name, value in values.items()))
+            self.screen.tell("  ".join(f"{name} {shown(value)}" for name, value in values.items()))
             return
         name, _, text = rest.replace("=", " ").partition(" ")
         name = name.replace("-", "_")
@@ -142,7 +158,7 @@ class Session:
         except ValueError:
             raise UsageError(f"{name} takes a number, not {text!r}") from None
         if not low <= value <= high:
-            raise UsageError(f"{name} is between {low:g} and {high:g}, not {value:g}")
+            raise UsageError(f"{name} is between {shown(low)} and {shown(high)}, not {shown(value)}")
         if name == "max_tokens":
             self.most = int(value)
         elif name == "seed":
@@ -150,7 +166,7 @@ class Session:
         else:
             changed: dict[str, Any] = {name: value}
             self.sampling = replace(self.sampling, **changed)
-        self.screen.tell(f"{name} {value:g}")
+        self.screen.tell(f"{name} {shown(value)}")
 
     def _do_retry(self, rest: str) -> None:
         question = self.conversation.undo()
@@ -199,12 +215,4 @@ HELP = {
     "quit": ("/quit", "leave; so does Ctrl-D"),
 }
 """Command -> how it is written, what it does."""
-RANGES: dict[str, tuple[type[int] | type[float], float, float]] = {
-    "temperature": (float, 0, 100),
-    "top_p": (float, 1e-6, 1),
-    "top_k": (int, 0, 1 << 30),
-    "repetition_penalty": (float, 0.01, 100),
-    "max_tokens": (int, 1, 1 << 30),
-    "seed": (int, 0, (1 << 63) - 1),
-}
-"""Setting -> its type, the least and the most."""
+LEAVING = ("quit", "exit")

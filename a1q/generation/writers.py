@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -45,8 +45,7 @@ class Writer(ABC):
         try:
             logits = self._extend(tokens)
         except BaseException:  # also Ctrl-C: some layers may know tokens that others don't
-            self._keep(0)
-            self.tokens = []
+            self.tokens = self.tokens[: self._keep(len(self.tokens))]
             raise
         self.tokens += tokens
         if not np.isfinite(logits).all():
@@ -74,7 +73,10 @@ class Writer(ABC):
 
     @abstractmethod
     def _keep(self, count: int) -> int:
-        """Forget all but the first `count` tokens, or all where that isn't possible; return how many are kept."""
+        """Forget all but the first `count` tokens, or all where that isn't possible; return how many are kept.
+
+        What was interrupted may have been told in part.
+        """
 
 
 class ModelWriter(Writer):
@@ -105,12 +107,20 @@ class ModelWriter(Writer):
         return logits[0, -1].float().cpu().numpy()
 
     def _keep(self, count: int) -> int:
-        sliding = any(getattr(layer, "is_sliding", False) for layer in getattr(self._cache, "layers", ()))
-        if count and self._cache is not None and not sliding:  # what has slid out of a window can't come back
-            self._cache.crop(count - len(self.tokens))  # negative: so many from the end
-            return count
-        self._cache = None
-        return 0
+        layers = self._cache.layers if self._cache is not None else ()
+        if not count or not layers or not all(_can_go_back(layer, count) for layer in layers):
+            self._cache = None
+            return 0
+        for layer in layers:
+            layer.crop(count - layer.get_seq_length())  # negative: so many from the end
+        return count
+
+
+def _can_go_back(layer: Any, count: int) -> bool:
+    """Whether a layer's cache holds so many tokens: what has slid out of a window can't come back."""
+    if getattr(layer, "is_sliding", False) or layer.get_seq_length() < count:
+        return False
+    return bool(layer.keys.shape[-2] == layer.values.shape[-2])  # else interrupted between the two
 
 
 class PackageWriter(Writer):
@@ -133,7 +143,7 @@ class PackageWriter(Writer):
 
 
 def write(
-    writer: Writer, logits: Any, most: int, ends: Sequence[int], choose: Sampler, penalized: Sequence[int] = ()
+    writer: Writer, logits: Any, most: int, ends: Collection[int], choose: Sampler, penalized: Sequence[int] = ()
 ) -> Iterator[int]:
     """Continue the writer's text, whose last logits these are, token by token.
 

@@ -50,6 +50,14 @@ def test_a_script_of_questions_and_commands() -> None:
     assert again.stdout == (messages[2]["content"] + "\n").encode()
 
 
+def test_lines_as_windows_ends_them_and_commands_in_quotes() -> None:
+    lines = b'\xef\xbb\xbfReturn\r\n"""/quit"""\r\n/save talk.json\r\n/exit\r\n'
+    done = program("chat", "builtin:pico", *GREEDY, lines=lines)
+    assert done.returncode == 0 and "no command" not in done.stderr.decode()
+    messages = json.loads(Path("talk.json").read_text())["messages"]
+    assert [message["content"] for message in messages[::2]] == ["Return", "/quit"]
+
+
 def test_the_same_question_in_generate_gets_the_same_answer() -> None:
     done = program("chat", "builtin:pico", *GREEDY, lines="Why is it so?\n")
     asked = a1q("generate", "builtin:pico", *GREEDY, "--chat", "--prompt", "Why is it so?", "--json")
@@ -61,6 +69,8 @@ def test_the_same_question_in_generate_gets_the_same_answer() -> None:
     ("arguments", "lines", "code", "message"),
     [
         (("builtin:pico",), b"caf\xe9\n", 2, "standard input is not UTF-8"),
+        (("builtin:pico",), b"Hello \\\n", 2, "standard input ends where a line should follow"),
+        (("builtin:pico",), b'"""\nHello\nthere', 2, "standard input ends where a line should follow"),
         (("builtin:pico", "--thinking", "on"), b"", 3, "knows no thinking"),
         (("builtin:pico", "--base", "x"), b"", 2, "--base is for adapters"),
         (("builtin:pico", "--load", "no.json"), b"", 2, "no.json is no conversation"),
@@ -68,6 +78,8 @@ def test_the_same_question_in_generate_gets_the_same_answer() -> None:
         (("builtin:pico", "--top-p", "0"), b"", 2, "top-p"),
         (("builtin:pico", "--temperature", "nan"), b"", 2, "nan is no number"),
         (("builtin:pico", "--max-tokens", "0"), b"", 2, "max-tokens"),
+        (("builtin:pico", "--temperature", "inf"), b"", 2, "inf is not in the range 0<=x<=100"),
+        (("builtin:pico", "--repetition-penalty", "1e-300"), b"", 2, "0.01<=x<=100"),
     ],
 )
 def test_refusals(arguments: tuple[str, ...], lines: bytes, code: int, message: str) -> None:

@@ -79,6 +79,11 @@ def test_what_may_be_drawn_is_what_transformers_would_draw_from(seed, size, temp
     np.testing.assert_allclose(found, wanted, atol=1e-9)
 
 
+def test_next_to_no_temperature_is_none():
+    assert {sampler(1e-320, 0.95, seed)(LOGITS) for seed in range(20)} == {0}
+    assert {sampler(1e-320, 1.0, seed)(LOGITS) for seed in range(20)} == {0}
+
+
 def test_the_likeliest_with_a_penalty_is_another():
     assert sampler(0.0, 1.0, 0, penalty=3.0)(np.array([2.0, 1.0, -1.0]), [0]) == 1
     assert sampler(0.0, 1.0, 0, penalty=3.0)(np.array([-0.5, -1.0]), [0]) == 1

@@ -81,15 +81,41 @@ def test_what_a_new_text_has_in_common_is_not_computed_again(family: str) -> Non
     assert computed == (1 if family != "gemma3_text" else len(text))
 
 
-def test_after_an_interruption_nothing_is_believed_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_model()
+def interrupted(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("tokens", [[7], [7, 8, 9, 10, 11]])
+def test_after_an_interruption_what_all_layers_know_is_known(family: str, tokens: list[int], monkeypatch) -> None:
+    monkeypatch.setattr("a1q.generation.writers.PIECE", 3)
+    model = tiny_family(family)
     writer = ModelWriter(model)
     writer.begin(PROMPT)
+    for place in (model.model.layers[1].self_attn, model.model.layers[1].mlp, model.lm_head):
+        hook = place.register_forward_pre_hook(interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            writer.extend(tokens)
+        hook.remove()
+        logits, computed = writer.begin([*PROMPT, *tokens])
+        assert computed == len(tokens) + (len(PROMPT) if family == "gemma3_text" else 0)
+        with torch.inference_mode():
+            whole = model(torch.tensor([[*PROMPT, *tokens]])).logits[0, -1].numpy()
+        np.testing.assert_allclose(logits, whole, atol=1e-4)
+        writer.begin(PROMPT)
 
-    def interrupted(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
 
+def test_an_interruption_within_a_layer_or_before_anything_is_known() -> None:
+    model = tiny_model()
+    writer = ModelWriter(model)
     hook = model.model.layers[1].register_forward_pre_hook(interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        writer.begin(PROMPT)
+    hook.remove()
+    assert writer.begin(PROMPT)[1] == 4
+    layer = writer._cache.layers[1]
+    layer.keys = torch.cat([layer.keys, layer.keys[:, :, -1:]], dim=-2)  # its values were to follow
+    hook = model.model.layers[0].register_forward_pre_hook(interrupted)
     with pytest.raises(KeyboardInterrupt):
         writer.extend([7])
     hook.remove()
